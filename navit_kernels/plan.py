@@ -1,0 +1,99 @@
+"""PackPlan: which program works on what, decided once per pack and shared by all layers.
+
+A segment's code path depends on its own length alone (the longer of its query and key side): segments fall into
+classes by CLASS_LIMITS. Up to the last limit, one work item is one whole segment. Longer ones are cut into tiles of TILE
+rows, an item each. Items stand class by class, the longest segments of a class first.
+
+S segments, N work items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ._checks import fail
+
+CLASS_LIMITS = (32, 64, 128, 256)  # tokens
+CLASSES = len(CLASS_LIMITS) + 1
+TILE = 128  # rows of an item in the last class
+ITEM_FIELDS = 8  # q_start, q_length, k_start, k_length, tile, segment, 0, 0: one 32-byte sector
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """Work lists of one pack: tensors only, the same structure for every pack. Made by `plan_pack`.
+
+    cu_seqlens: int32 (S + 1,) on the device; cu_seqlens_k: the same for the key side, or None when it is the query side's.
+    items: int32 (N, 8) on the device; see ITEM_FIELDS.
+    offsets: int32 (CLASSES + 1,) on the device; class c owns items[offsets[c]:offsets[c + 1]].
+    offsets_host: the same numbers on the CPU, so that a launch needs no wait for the device. Without it (None) kernels
+        read the device's copy: launches then do not depend on the lengths, and a captured CUDA graph serves every pack
+        whose token and segment counts have the captured shapes.
+
+    Example: lengths (300, 20) give items (0, 300, 0, 300, tile, 0, 0, 0) for tile = 0, 1, 2 in the last class, and
+    (300, 20, 300, 20, 0, 1, 0, 0) in the first: offsets (0, 1, 1, 1, 1, 4).
+    """
+
+    cu_seqlens: Tensor
+    cu_seqlens_k: Tensor | None
+    items: Tensor
+    offsets: Tensor
+    offsets_host: Tensor | None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackPlan:
+        moved = {
+            field.name: value.to(device, non_blocking=non_blocking)
+            for field in fields(self)
+            if field.name != "offsets_host" and (value := getattr(self, field.name)) is not None
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> PackPlan:
+        pinned = {f.name: v.pin_memory() for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        return replace(self, **pinned)
+
+    def without_host_offsets(self) -> PackPlan:
+        """The same plan for CUDA graphs: launches read the class sizes on the device."""
+        return replace(self, offsets_host=None)
+
+
+def max_items(tokens: int, segments: int) -> int:
+    """The most items that `segments` segments of `tokens` tokens in all can give; at least 2, so that no compiler
+    takes the size for a constant."""
+    return segments + tokens // TILE + 2
+
+
+def plan_pack(
+    lengths: Sequence[int], device: torch.device | str = "cpu", lengths_k: Sequence[int] | None = None
+) -> PackPlan:
+    """Plan a pack from lengths known on the host.
+
+    lengths: tokens per segment, each at least 0. lengths_k: the key side's, when it differs (cross attention).
+    Costs no wait for the device. Raises ValueError for a negative length or sides of different counts.
+    """
+    if lengths_k is not None and len(lengths_k) != len(lengths):
+        fail("lengths_k", f"one length per segment, {len(lengths)} in all", len(lengths_k))
+    sides = torch.tensor([list(lengths), list(lengths if lengths_k is None else lengths_k)], dtype=torch.int64)
+    if sides.numel() and sides.min() < 0:
+        fail("lengths", "at least 0", int(sides.min()))
+    ends = sides.cumsum(1)
+    cu_seqlens = torch.cat([torch.zeros(2, 1, dtype=torch.int64), ends], 1).to(torch.int32)
+    longest = sides.amax(0)
+    classes = torch.bucketize(longest, torch.tensor(CLASS_LIMITS))
+    tiles = torch.where(classes == CLASSES - 1, -(-longest // TILE), (longest > 0).long())
+    order = torch.argsort(classes * (1 << 40) - longest, stable=True)
+    segment = order.repeat_interleave(tiles[order])
+    first = (tiles[order].cumsum(0) - tiles[order]).repeat_interleave(tiles[order])
+    count = segment.numel()
+    items = torch.zeros(max_items(int(longest.sum()), len(longest)), ITEM_FIELDS, dtype=torch.int32)
+    starts = ends - sides
+    columns = (starts[0][segment], sides[0][segment], starts[1][segment], sides[1][segment])
+    items[:count, :6] = torch.stack([*columns, torch.arange(count) - first, segment], 1).to(torch.int32)
+    sizes = torch.zeros(CLASSES, dtype=torch.int64).index_add_(0, classes, tiles)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).to(torch.int32)
+    plan = PackPlan(cu_seqlens[0], None if lengths_k is None else cu_seqlens[1], items, offsets, offsets)
+    return plan.to(device, non_blocking=True)
