@@ -1,4 +1,4 @@
-"""One distribution, two packages: `navit_kernels` (the ops) and `navit` (model, data and command line on top of them)."""
+"""One distribution, two packages: `navit_kernels` (the ops) and `navit` (model, data, command line on top of them)."""
 
 from pathlib import Path
 
