@@ -1,15 +1,18 @@
-"""add_norm: checks and dispatch. T tokens, S segments (images), E model width."""
+"""add_norm: checks, registration, autograd. T tokens, S segments (images), E model width."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._checks import check_cu_seqlens, check_option, check_same, check_shape, fail
+from .._checks import check_cu_seqlens, check_dtype, check_option, check_same, check_shape, fail
 from . import reference
 
 BACKENDS = ("auto", "reference", "triton")
 KINDS = ("layer_norm", "rms_norm")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def add_norm(
@@ -63,7 +66,93 @@ def add_norm(
             fail("cu_seqlens", "given where keep_scale is", None)
         check_cu_seqlens("cu_seqlens", cu_seqlens, "x", x_TE)
         check_shape("keep_scale", keep_scale_S, (cu_seqlens.shape[0] - 1,), "(S,)")
-    return reference.add_norm(
-        x_TE, branch_TE, weight_E, bias_E, kind=kind, eps=eps, layer_scale_E=layer_scale_E,
-        keep_scale_S=keep_scale_S, cu_seqlens=cu_seqlens, out_dtype=out_dtype,
+    if backend == "reference" or (backend == "auto" and x_TE.device.type == "cpu"):
+        return reference.add_norm(
+            x_TE, branch_TE, weight_E, bias_E, kind=kind, eps=eps, layer_scale_E=layer_scale_E,
+            keep_scale_S=keep_scale_S, cu_seqlens=cu_seqlens, out_dtype=out_dtype,
+        )  # fmt: skip
+    check_dtype("x", x_TE, DTYPES)
+    if branch_TE is not None:
+        check_dtype("branch", branch_TE, DTYPES)
+    out_dtype = out_dtype or (x_TE if branch_TE is None else branch_TE).dtype
+    x_new_TE, normed_TE, _ = _add_norm(
+        x_TE, branch_TE, weight_E, bias_E, layer_scale_E, keep_scale_S, cu_seqlens, kind == "layer_norm", eps, out_dtype
+    )
+    return x_TE if branch_TE is None else x_new_TE, normed_TE
+
+
+@torch.library.custom_op("navit_kernels::add_norm", mutates_args=())
+def _add_norm(
+    x_TE: Tensor, branch_TE: Tensor | None, weight_E: Tensor, bias_E: Tensor | None, layer_scale_E: Tensor | None,
+    keep_scale_S: Tensor | None, cu_seqlens: Tensor | None, centred: bool, eps: float, out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from . import kernel
+
+    return kernel.add_norm(
+        x_TE, branch_TE, weight_E, bias_E, layer_scale_E, keep_scale_S, cu_seqlens, centred, eps, out_dtype
+    )
+
+
+@_add_norm.register_fake
+def _(x_TE, branch_TE, weight_E, bias_E, layer_scale_E, keep_scale_S, cu_seqlens, centred, eps, out_dtype):  # type: ignore[no-untyped-def]
+    tokens, width = x_TE.shape
+    x_new_TE = x_TE.new_empty((0, width) if branch_TE is None else (tokens, width))
+    stats_RT = x_TE.new_empty(1 + centred + (keep_scale_S is not None), tokens, dtype=torch.float32)
+    return x_new_TE, x_TE.new_empty(tokens, width, dtype=out_dtype), stats_RT
+
+
+@torch.library.custom_op("navit_kernels::add_norm_backward", mutates_args=())
+def _add_norm_backward(
+    d_x_new_TE: Tensor | None, d_normed_TE: Tensor, x_new_TE: Tensor, stats_RT: Tensor, branch_TE: Tensor | None,
+    weight_E: Tensor, layer_scale_E: Tensor | None, centred: bool, has_bias: bool, branch_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from . import kernel
+
+    return kernel.add_norm_backward(
+        d_x_new_TE, d_normed_TE, x_new_TE, stats_RT, branch_TE, weight_E, layer_scale_E, centred, has_bias, branch_dtype
+    )
+
+
+@_add_norm_backward.register_fake
+def _(d_x_new_TE, d_normed_TE, x_new_TE, stats_RT, branch_TE, weight_E, layer_scale_E, centred, has_bias, branch_dtype):  # type: ignore[no-untyped-def]
+    tokens, width = x_new_TE.shape
+    dbranch_TE = x_new_TE.new_empty((0, width) if branch_dtype is None else (tokens, width), dtype=branch_dtype)
+    parameters_NE = x_new_TE.new_empty(1 + has_bias + (layer_scale_E is not None), width, dtype=torch.float32)
+    return x_new_TE.new_empty(tokens, width), dbranch_TE, parameters_NE
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x_TE, branch_TE, weight_E, bias_E, layer_scale_E, keep_scale_S, _, ctx.centred, _, _ = inputs
+    x_new_TE, _, stats_RT = output
+    ctx.has_branch, ctx.bias_dtype = branch_TE is not None, None if bias_E is None else bias_E.dtype
+    scaled = layer_scale_E is not None or keep_scale_S is not None
+    ctx.branch_dtype = branch_TE.dtype if ctx.has_branch and (scaled or branch_TE.dtype != x_TE.dtype) else None
+    ctx.save_for_backward(
+        x_new_TE if ctx.has_branch else x_TE,
+        stats_RT,
+        None if layer_scale_E is None else branch_TE,
+        weight_E,
+        layer_scale_E,
+    )
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_x_new_TE: Tensor | None, d_normed_TE: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    x_new_TE, stats_RT, branch_TE, weight_E, layer_scale_E = ctx.saved_tensors
+    dx_TE, dbranch_TE, parameters_NE = _add_norm_backward(
+        d_x_new_TE if ctx.has_branch else None,
+        torch.zeros_like(x_new_TE) if d_normed_TE is None else d_normed_TE,
+        x_new_TE, stats_RT, branch_TE, weight_E, layer_scale_E,
+        ctx.centred, ctx.bias_dtype is not None, ctx.branch_dtype,
     )  # fmt: skip
+    return (
+        dx_TE,
+        None if not ctx.has_branch else dx_TE if ctx.branch_dtype is None else dbranch_TE,
+        parameters_NE[0].to(weight_E.dtype),
+        None if ctx.bias_dtype is None else parameters_NE[1].to(ctx.bias_dtype),
+        None if layer_scale_E is None else parameters_NE[-1].to(layer_scale_E.dtype),
+        *(None,) * 5,
+    )
+
+
+_add_norm.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,103 @@
+"""Compile what a launcher launches, with its own arguments and options, for a GPU that need not be there.
+
+compiled = compile_launches("sm_90", lambda: kernel.add_norm(*meta_tensors, ...))
+assert not any(one.spills for one in compiled)
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+SHARED_MEMORY_LIMIT = {
+    "sm_80": 163 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "gfx942": 64 << 10,
+}
+ARCHS = tuple(SHARED_MEMORY_LIMIT)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compiled launch. registers: per thread. spills: bytes of local memory (NVIDIA) or spilled registers (AMD)."""
+
+    name: str
+    registers: int
+    spills: int
+    shared: int
+    asm: dict[str, Any]
+
+
+class _AbsentGPU:
+    """What Triton's JIT asks of a driver while it compiles without launching."""
+
+    def __init__(self, arch: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.arch = arch
+        self.target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+    def get_current_device(self) -> str:
+        return self.arch  # the JIT caches by device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+def compile_launches(arch: str, launch: Callable[[], object]) -> list[Compiled]:
+    """Call `launch`, which runs a launcher on meta tensors; every kernel is compiled for `arch`, none launched."""
+    import triton
+    from triton.runtime import JITFunction
+
+    kernels = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernels.append(run(self, *args, grid=grid, warmup=True, **options))
+        return kernels[-1]
+
+    driver = triton.runtime.driver
+    with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(driver, "_active", _AbsentGPU(arch)):
+        launch()
+    assert kernels, "nothing was launched"
+    return [_resources(kernel) for kernel in kernels]
+
+
+def _resources(kernel: Any) -> Compiled:
+    import triton
+
+    if "cubin" in kernel.asm:
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(kernel.asm["cubin"])
+            file.flush()
+            command = [str(tool), "--dump-resource-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, *local = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
+        spills = sum(local)
+    else:
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", kernel.asm["amdgcn"])[1])
+        spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])[1])
+    return Compiled(kernel.metadata.name, registers, spills, kernel.metadata.shared, kernel.asm)
+
+
+def assert_fits(arch: str, launch: Callable[[], object]) -> list[Compiled]:
+    """Compile and assert that nothing spills and that shared memory suffices."""
+    compiled = compile_launches(arch, launch)
+    for one in compiled:
+        assert one.spills == 0, f"{one.name} on {arch} spills {one.spills} ({one.registers} registers)"
+        assert one.shared <= SHARED_MEMORY_LIMIT[arch], (
+            f"{one.name} on {arch} needs {one.shared} bytes of shared memory"
+        )
+    return compiled
