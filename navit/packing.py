@@ -1,7 +1,7 @@
 """Packing: images of any size → packs of one token budget, without padding.
 
 Three decisions, in this order: which tokens of an image are kept (`drop_tokens`), which images share a pack
-(`plan_packs`), how a pack is laid out (`PackedImages`). All are taken on the CPU, for example in a data loader's worker.
+(`plan_packs`), how a pack is laid out (`PackedImages`). All are taken on the CPU, as in a data loader's worker.
 
 T tokens, S images (segments), P patch values, C channels.
 """
@@ -35,6 +35,7 @@ class PackedImages:
     coords: int32 (T, 2), row and column of each patch in its image; row-major inside an image.
     grids: int32 (S, 2), rows and columns of the whole image, dropped patches counted.
     order: int64 (S,), ascending: the place of each image in the list that the caller packed.
+    patch_size: pixels per side of a patch.
     plan: work lists for attention over the patches and `prefix_tokens` more per image, or None.
     prefix_tokens: how many tokens the model puts before each image's patches (cls and registers).
     token_budget: what the pack may hold, prefix tokens included, or None when it was not limited.
@@ -57,6 +58,7 @@ class PackedImages:
     coords: Tensor
     grids: Tensor
     order: Tensor
+    patch_size: int
     plan: PackPlan | None = None
     prefix_tokens: int = 0
     token_budget: int | None = None
@@ -98,6 +100,7 @@ def pack(
     window: int = 1024,
     token_drop: DropRate | None = None,
     prefix_tokens: int = 0,
+    max_side: int | None = None,
     seed: int | np.random.Generator = 0,
 ) -> list[PackedImages]:
     """Pack images under a token budget.
@@ -107,12 +110,13 @@ def pack(
     strategy, window: see `plan_packs`.
     token_drop: share of an image's patches to drop, in [0, 1): a constant or a function of (rows, columns). At least
         one patch stays. The same seed drops the same patches, however the images are packed.
-    prefix_tokens: further tokens per image that the model adds (`NaViTConfig.prefix_tokens`).
+    patch_size, prefix_tokens (tokens that the model adds per image), max_side (patches per side at most): what the model
+        needs, `**config.pack_options`.
 
     Returns packs on the images' device; inside a pack, images keep the caller's order. Raises ValueError, naming the
     image, for one that does not fit the budget or the patch size.
     """
-    grids = [_grid(index, image, images[0], patch_size) for index, image in enumerate(images)]
+    grids = [_grid(index, image, images[0], patch_size, max_side) for index, image in enumerate(images)]
     rng = np.random.default_rng(seed)
     kept = [drop_tokens(rows, columns, token_drop, rng) for rows, columns in grids]
     lengths = [len(places) for places in kept]
@@ -132,6 +136,7 @@ def pack(
             coords=torch.from_numpy(np.stack([places_T // columns_T, places_T % columns_T], 1)).int(),
             grids=torch.from_numpy(grids_S2).int(),
             order=torch.tensor(group),
+            patch_size=patch_size,
             plan=plan_pack([lengths[index] + prefix_tokens for index in group]),
             prefix_tokens=prefix_tokens,
             token_budget=token_budget,
@@ -146,7 +151,7 @@ def in_given_order(rows: Sequence[Tensor], packs: Sequence[PackedImages]) -> Ten
     return torch.cat(list(rows))[torch.argsort(order)]
 
 
-def _grid(index: int, image: Tensor, first: Tensor, patch_size: int) -> tuple[int, int]:
+def _grid(index: int, image: Tensor, first: Tensor, patch_size: int, max_side: int | None) -> tuple[int, int]:
     """(rows, columns) of an image in patches."""
     name = f"images[{index}]"
     if not isinstance(image, Tensor) or image.dim() != 3:
@@ -155,6 +160,9 @@ def _grid(index: int, image: Tensor, first: Tensor, patch_size: int) -> tuple[in
     height, width = image.shape[1:]
     if height % patch_size or width % patch_size or not height or not width:
         raise ValueError(f"{name} must have sides that are multiples of {patch_size} pixels, got {height} × {width}")
+    if max_side is not None and max(height, width) > max_side * patch_size:
+        expected = f"at most {max_side} patches of {patch_size} pixels per side"
+        raise ValueError(f"{name} must have {expected}, got {height} × {width} pixels")
     if (image.dtype, image.shape[0], image.device) != (first.dtype, first.shape[0], first.device):
         expected = f"{first.shape[0]} channels of {first.dtype} on {first.device} as images[0]"
         raise ValueError(f"{name} must have {expected}, got {image.shape[0]} of {image.dtype} on {image.device}")
@@ -176,9 +184,9 @@ def plan_packs(
     """Group images into packs by their lengths in tokens.
 
     strategy: "next_fit" closes a pack at the first image that does not fit; order is kept, packs are 75–98% full.
-        "best_fit" looks at the next `window` images. It opens a pack with the largest, goes on with small and large ones
-        so that their mean stays that of the window, and ends with those that fill the rest best. Packs are over 99% full
-        where the lengths and the image budget allow it, and every pack holds small and large images.
+        "best_fit" looks at the next `window` images. It opens a pack with the largest, goes on with small and large
+        ones so that their mean stays that of the window, and ends with those that fill the rest best. Packs are over
+        99% full where the lengths and the image budget allow it, and every pack holds small and large images.
 
     Returns indices into lengths, ascending inside a pack. Raises ValueError for an image over the budget, naming it.
     """
@@ -236,7 +244,7 @@ def _best_fit(lengths: Sequence[int], token_budget: int, image_budget: int, wind
 
 
 def _fullest_subset(waiting: list[tuple[int, int]], room: int, slack: int) -> list[int]:
-    """Places, descending, of images in `waiting` (sorted) that leave at most `slack` of the room, or the least possible.
+    """Places, descending, of images in `waiting` (sorted) that leave at most `slack` of the room, or the least.
 
     Subset sums as bits of an integer: bit n of `sums` says that some images have n tokens together. Images are added
     from the largest down, so that small ones stay for the gaps of later packs.

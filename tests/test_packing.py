@@ -105,6 +105,13 @@ def test_a_wrong_image_is_named(image, message):
         pack([torch.zeros(3, 4, 4), image], 100, patch_size=2)
 
 
+def test_an_image_larger_than_the_model_takes_is_named():
+    with pytest.raises(
+        ValueError, match=r"images\[1\] must have at most 4 patches of 2 pixels per side, got 4 × 10 pixels"
+    ):
+        pack(numbered_images([(4, 4), (2, 5)]), None, patch_size=2, max_side=4)
+
+
 @given(GRIDS, st.none() | st.floats(0, 0.99), STRATEGIES, st.integers(0, 2), st.integers(0, 3))
 def test_packs_describe_their_images(grids, token_drop, strategy, prefix_tokens, seed):
     images = numbered_images(grids)
