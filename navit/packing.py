@@ -110,8 +110,8 @@ def pack(
     strategy, window: see `plan_packs`.
     token_drop: share of an image's patches to drop, in [0, 1): a constant or a function of (rows, columns). At least
         one patch stays. The same seed drops the same patches, however the images are packed.
-    patch_size, prefix_tokens (tokens that the model adds per image), max_side (patches per side at most): what the model
-        needs, `**config.pack_options`.
+    patch_size, prefix_tokens (tokens that the model adds per image), max_side (patches per side at most): what the
+        model needs, `**config.pack_options`.
 
     Returns packs on the images' device; inside a pack, images keep the caller's order. Raises ValueError, naming the
     image, for one that does not fit the budget or the patch size.

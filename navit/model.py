@@ -1,0 +1,348 @@
+"""NaViT: a vision transformer on packed images of any size (Dehghani et al. 2023, arXiv 2307.06304).
+
+The residual stream has the dtype that the matrix products have: that of the weights, or autocast's. Sums, norms and
+positions are computed in float32 at least and rounded once.
+
+T tokens, S images, P patch values, E model width, H heads, D head width, M MLP width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+from torch.utils.checkpoint import checkpoint
+
+from navit_kernels import HeadNorm, PackPlan, varlen_attention
+from navit_kernels._checks import fail
+from navit_kernels.add_norm import add_norm
+from navit_kernels.patches import KeptPatches, patchify
+from navit_kernels.positions import (
+    add_positions,
+    fourier_frequencies,
+    fourier_table,
+    fractional_coords,
+    resize_table,
+    sinusoidal_table,
+)
+from navit_kernels.token_pooling import attention_pool, pool_tokens
+
+from .config import NaViTConfig
+from .packing import PackedImages, in_given_order, pack
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+class NaViT(nn.Module):
+    """A vision transformer on images of any size; see `forward`."""
+
+    def __init__(self, config: NaViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config)
+        self.prefix_RE = nn.Parameter(torch.empty(config.prefix_tokens, config.width)) if config.prefix_tokens else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = Norm(config)
+        self.pool = AttentionPool(config) if config.pool == "map" else None
+        self.head = nn.Linear(config.width, config.num_classes, config.bias) if config.num_classes else nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if self.prefix_RE is not None:
+            nn.init.trunc_normal_(self.prefix_RE, std=0.02)
+
+    def forward(
+        self, images: PackedImages | Sequence[Any], dense: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """One row per image, in the order given: (S, num_classes) logits, or (S, E) embeddings without classes.
+
+        images: (C, H, W) uint8 or float tensors; lists of them, each list one pack; a PackedImages on the model's
+            device; or the packs that `pack` made of one list.
+        dense: also return the features of each image's patches, one (rows, columns, E) tensor per image. Reads the grid
+            sizes on the host. Raises ValueError where tokens were dropped.
+        """
+        if not isinstance(images, PackedImages):
+            return self._forward_list(images, dense)
+        packed = images
+        patches_TP = self._patches(packed)
+        x_TE = self.embed(patches_TP, packed)
+        x_TE, prefix_SRE = self._encode(x_TE, packed)
+        pooled_SE = self._pooled(x_TE, prefix_SRE, packed)
+        rows = self.head(pooled_SE)
+        return (rows, split_images(x_TE, packed)) if dense else rows
+
+    def _forward_list(self, images: Sequence[Any], dense: bool) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Pack a list of images, or of lists of images; or take its packs. Run them and restore the order."""
+        weight = self.embed.proj.weight
+        packs: list[PackedImages] = []
+        if all(isinstance(part, PackedImages) for part in images):
+            packs = list(images)
+        elif all(isinstance(part, (Tensor, list, tuple)) for part in images):
+            count = 0
+            for group in [images] if isinstance(images[0], Tensor) else images:
+                packs += [replace(p, order=p.order + count) for p in pack(group, None, **self.config.pack_options)]
+                count += len(group)
+        else:
+            kinds = sorted({type(part).__name__ for part in images})
+            fail("images", "a PackedImages, a list of (C, H, W) tensors, lists of them, or packs", f"a list of {kinds}")
+        if not packs:
+            none = weight.new_zeros(0, self.config.num_classes or self.config.width)
+            return (none, []) if dense else none
+        packs = [packed.to(weight.device) for packed in packs]
+        if not dense:
+            return in_given_order([self(packed) for packed in packs], packs)
+        rows, features = zip(*(self(packed, dense=True) for packed in packs), strict=True)
+        places = torch.cat([packed.order for packed in packs]).argsort().tolist()
+        flat = [part for parts in features for part in parts]
+        return in_given_order(rows, packs), [flat[place] for place in places]
+
+    def _patches(self, packed: PackedImages) -> Tensor:
+        """(T, P) normalized patches in the dtype of the matrix products."""
+        config, weight = self.config, self.embed.proj.weight
+        for name, got in (("patch_size", packed.patch_size), ("prefix_tokens", packed.prefix_tokens)):
+            if got != getattr(config, name):
+                fail(f"the pack's {name}", f"the model's, {getattr(config, name)}", got)
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        if packed.patches is not None:
+            return packed.patches.to(dtype)
+        keep = KeptPatches(packed.cu_seqlens, packed.coords)
+        return patchify(packed.pixels, config.patch_size, config.mean, config.std, keep=keep, dtype=dtype)
+
+    def _encode(self, x_TE: Tensor, packed: PackedImages) -> tuple[Tensor, Tensor | None]:
+        """The blocks and the last norm: patches' tokens (T, E), and prefix tokens (S, R, E) or None."""
+        config, images = self.config, packed.order.shape[0]
+        cu_seqlens, tokens = packed.cu_seqlens, x_TE.shape[0]
+        if self.prefix_RE is not None:  # an image's tokens: its prefix, then its patches
+            count = config.prefix_tokens
+            token_T = torch.arange(tokens, device=x_TE.device)
+            image_T = torch.searchsorted(cu_seqlens, token_T, right=True)
+            patch_places_T = token_T + count * image_T
+            cu_seqlens = cu_seqlens + count * torch.arange(images + 1, device=x_TE.device, dtype=torch.int32)
+            prefix_places = (cu_seqlens[:-1, None] + torch.arange(count, device=x_TE.device)).flatten()
+            prefix = self.prefix_RE.to(x_TE.dtype).repeat(images, 1)
+            x_TE = x_TE.new_empty(tokens + count * images, config.width).index_copy(0, patch_places_T, x_TE)
+            x_TE = x_TE.index_copy(0, prefix_places, prefix)
+        keep = self._keep_scales(images, x_TE.device)
+        following = [block.norm1 for block in self.blocks] + [self.norm]
+        x_TE, normed_TE = following[0](x_TE)
+        for index, block in enumerate(self.blocks):
+            inputs = (x_TE, normed_TE, following[index + 1], cu_seqlens, packed.plan, keep[index])
+            if config.checkpointing == "block":
+                x_TE, normed_TE = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x_TE, normed_TE = block(*inputs)
+        if self.prefix_RE is None:
+            return normed_TE, None
+        prefix_SRE = normed_TE.index_select(0, prefix_places).unflatten(0, (images, count))
+        return normed_TE.index_select(0, patch_places_T), prefix_SRE
+
+    def _keep_scales(self, images: int, device: torch.device) -> Sequence[Tensor | None]:
+        """Per block (2, S): 1 / (1 − rate) for an image whose branch is kept, 0 for one whose branch is dropped."""
+        config = self.config
+        if not self.training or config.drop_path == 0:
+            return [None] * config.depth
+        keep = 1 - torch.linspace(0, config.drop_path, config.depth, device=device)[:, None, None]
+        return ((torch.rand(config.depth, 2, images, device=device) < keep) / keep).unbind(0)
+
+    def _pooled(self, x_TE: Tensor, prefix_SRE: Tensor | None, packed: PackedImages) -> Tensor:
+        if self.pool is not None:
+            return self.pool(x_TE, packed.cu_seqlens)
+        if self.config.pool == "cls":
+            return prefix_SRE[:, 0]
+        return pool_tokens(x_TE, packed.cu_seqlens, self.config.pool)
+
+    def resize_positions(self, table_length: int) -> None:
+        """Stretch the position tables to more (or fewer) rows; learned ones are interpolated."""
+        weight, tables = self.embed.proj.weight, self.embed.state_dict()
+        for name in tables.keys() & {"row_table", "column_table"}:
+            tables[name] = resize_table(tables[name], table_length)
+        self.config = replace(self.config, table_length=table_length)
+        self.embed = Embedding(self.config).to(weight)
+        self.embed.load_state_dict(tables)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors into a folder, made if need be."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu", **changes: Any) -> NaViT:
+        """Read what `save_pretrained` wrote. changes: fields of the configuration, such as checkpointing="mlp".
+
+        Raises FileNotFoundError for a missing file, ValueError for a field that no configuration has and for weights
+        that do not fit it.
+        """
+        folder = Path(folder)
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no {name}: not a saved NaViT")
+        given = {**json.loads((folder / CONFIG).read_text()), **changes}
+        known = {field.name for field in fields(NaViTConfig)}
+        if given.keys() - known:
+            fail(f"fields of {folder / CONFIG}", "fields of NaViTConfig", sorted(given.keys() - known))
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        model = cls(NaViTConfig(**given))
+        state, wanted = load_file(folder / WEIGHTS), model.state_dict()
+        found, expected = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (state, wanted))
+        wrong = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+        if wrong:
+            name = wrong[0]
+            fail(
+                f"{name} in {folder / WEIGHTS}",
+                f"{expected.get(name, 'absent')} ({len(wrong)} tensors differ)",
+                found.get(name, "none"),
+            )
+        model.load_state_dict(state)
+        return model.to(device)
+
+
+class Norm(nn.Module):
+    """The norm before a branch, taken together with the addition of the branch before it."""
+
+    def __init__(self, config: NaViTConfig) -> None:
+        super().__init__()
+        self.kind = config.norm
+        self.weight = nn.Parameter(torch.ones(config.width))
+        self.bias = nn.Parameter(torch.zeros(config.width)) if config.bias else None
+
+    def forward(self, x_TE: Tensor, branch_TE: Tensor | None = None, **scales: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + branch, and its norm."""
+        return add_norm(x_TE, branch_TE, self.weight, self.bias, kind=self.kind, **scales)
+
+
+class Embedding(nn.Module):
+    """Patches to tokens, with where they stand."""
+
+    def __init__(self, config: NaViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.proj = nn.Linear(config.channels * config.patch_size**2, config.width, config.bias)
+        self.norm = nn.LayerNorm(config.width, eps=1e-6, bias=config.bias) if config.embed_norm else None
+        length, width = config.table_length, config.width // (2 if config.combine == "concat" else 1)
+        for name in ("row", "column"):
+            if config.positions == "learned":
+                table = nn.Parameter(torch.empty(length, width))
+                nn.init.trunc_normal_(table, std=0.02**0.5 if config.combine == "product" else 0.02)
+                self.register_parameter(f"{name}_table", table)
+            elif config.positions == "fourier":
+                self.register_parameter(f"{name}_frequencies", nn.Parameter(fourier_frequencies(length, width)))
+            else:
+                self.register_buffer(f"{name}_table", sinusoidal_table(length, width), persistent=False)
+
+    def forward(self, patches_TP: Tensor, packed: PackedImages) -> Tensor:
+        config, length = self.config, self.config.table_length
+        if config.positions == "fourier":
+            tables = [fourier_table(length, f) for f in (self.row_frequencies, self.column_frequencies)]
+        else:
+            tables = [self.row_table, self.column_table]
+        coords_T2 = packed.coords
+        if config.coordinates == "fractional":
+            coords_T2 = fractional_coords(coords_T2, packed.grids, packed.cu_seqlens, length)
+        norm = None if self.norm is None else (self.norm.weight, self.norm.bias, self.norm.eps)
+        return add_positions(self.proj(patches_TP), coords_T2, *tables, combine=config.combine, norm=norm)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each a branch of the residual stream."""
+
+    def __init__(self, config: NaViTConfig) -> None:
+        super().__init__()
+        width, head_width = config.width, config.width // config.heads
+        self.config = config
+        self.norm1, self.norm2 = Norm(config), Norm(config)
+        self.qkv = nn.Linear(width, 3 * width, config.bias)
+        self.proj = nn.Linear(width, width, config.bias)
+        self.mlp = MLP(config)
+        normed, biased = config.qk_norm != "none", config.qk_norm != "none" and config.bias
+        self.q_norm_weight = nn.Parameter(torch.ones(head_width)) if normed else None
+        self.q_norm_bias = nn.Parameter(torch.zeros(head_width)) if biased else None
+        self.k_norm_weight = nn.Parameter(torch.ones(head_width)) if normed else None
+        start = config.layer_scale
+        self.scale1 = None if start is None else nn.Parameter(torch.full((width,), start))
+        self.scale2 = None if start is None else nn.Parameter(torch.full((width,), start))
+
+    def forward(
+        self,
+        x_TE: Tensor,
+        normed_TE: Tensor,
+        following: Norm,
+        cu_seqlens: Tensor,
+        plan: PackPlan | None,
+        keep_2S: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Take the stream and its norm; return them after both branches, normed for the block that follows."""
+        kind = self.config.qk_norm
+        q_norm = None if kind == "none" else HeadNorm(kind, self.q_norm_weight, self.q_norm_bias)
+        k_norm = None if kind == "none" else HeadNorm(kind, self.k_norm_weight)
+        keep1_S, keep2_S = (None, None) if keep_2S is None else keep_2S.unbind(0)
+        q_THD, k_THD, v_THD = self.qkv(normed_TE).unflatten(1, (3, self.config.heads, -1)).unbind(1)
+        out_THD = varlen_attention(q_THD, k_THD, v_THD, cu_seqlens, q_norm=q_norm, k_norm=k_norm, plan=plan)
+        branch_TE = self.proj(out_THD.flatten(1))
+        x_TE, normed_TE = self.norm2(
+            x_TE, branch_TE, layer_scale_E=self.scale1, keep_scale_S=keep1_S, cu_seqlens=cu_seqlens
+        )
+        if self.config.checkpointing == "mlp":
+            branch_TE = checkpoint(self.mlp, normed_TE, use_reentrant=False)
+        else:
+            branch_TE = self.mlp(normed_TE)
+        return following(x_TE, branch_TE, layer_scale_E=self.scale2, keep_scale_S=keep2_S, cu_seqlens=cu_seqlens)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: NaViTConfig) -> None:
+        super().__init__()
+        self.kind = config.mlp
+        self.fc1 = nn.Linear(config.width, config.mlp_width * (2 if self.kind == "swiglu" else 1), config.bias)
+        self.fc2 = nn.Linear(config.mlp_width, config.width, config.bias)
+
+    def forward(self, x_TE: Tensor) -> Tensor:
+        hidden_TM = self.fc1(x_TE)
+        if self.kind == "swiglu":
+            gate_TM, value_TM = hidden_TM.chunk(2, 1)
+            return self.fc2(silu(gate_TM) * value_TM)
+        return self.fc2(gelu(hidden_TM, approximate="tanh" if self.kind == "gelu_tanh" else "none"))
+
+
+class AttentionPool(nn.Module):
+    """One learned query per head looks at its image's tokens; then an MLP (MAP: Zhai et al. 2021, arXiv 2106.04560)."""
+
+    def __init__(self, config: NaViTConfig) -> None:
+        super().__init__()
+        self.k_norm = None if config.qk_norm == "none" else HeadNorm(config.qk_norm)
+        self.query_HD = nn.Parameter(torch.empty(config.heads, config.width // config.heads))
+        nn.init.trunc_normal_(self.query_HD, std=0.02)
+        self.kv = nn.Linear(config.width, 2 * config.width, config.bias)
+        self.proj = nn.Linear(config.width, config.width, config.bias)
+        self.norm = Norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x_TE: Tensor, cu_seqlens: Tensor) -> Tensor:
+        k_THD, v_THD = self.kv(x_TE).unflatten(1, (2, *self.query_HD.shape)).unbind(1)
+        pooled_SHD = attention_pool(self.query_HD, k_THD, v_THD, cu_seqlens, k_norm=self.k_norm)
+        x_SE, normed_SE = self.norm(self.proj(pooled_SHD.flatten(1)))
+        return x_SE + self.mlp(normed_SE)
+
+
+def split_images(x_TE: Tensor, packed: PackedImages) -> list[Tensor]:
+    """One (rows, columns, E) tensor per image."""
+    lengths, grids = packed.cu_seqlens.diff().tolist(), packed.grids.tolist()
+    for place, length, (rows, columns) in zip(packed.order.tolist(), lengths, grids, strict=True):
+        if length != rows * columns:
+            fail(
+                f"images[{place}]",
+                f"whole for dense features, {rows} × {columns} patches",
+                f"{length}: tokens were dropped",
+            )
+    return [part.unflatten(0, grid) for part, grid in zip(x_TE.split(lengths), grids, strict=True)]
