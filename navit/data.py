@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -176,14 +175,6 @@ def _shuffled(name: str, seed: int) -> bytes:
 # Loading
 
 
-class Batch(NamedTuple):
-    """One pack, the labels of its images (int64 (S,)), and their places in the image set (int64 (S,))."""
-
-    packed: PackedImages
-    labels: Tensor
-    places: Tensor
-
-
 class _Decoded(Dataset[tuple[int, "np.ndarray | str"]]):
     """place → (place, uint8 pixels (3, H, W), or why there are none). Runs in worker processes.
 
@@ -236,8 +227,9 @@ def batches(
     window: int = 8,
     max_pixels: int = MAX_PIXELS,
     report: SkipReport | None = None,
-) -> Iterator[Batch]:
-    """One epoch of packs: every usable image once.
+) -> Iterator[tuple[PackedImages, Tensor]]:
+    """One epoch of (pack, labels): every usable image once. A pack's `order` holds its images' places in the set, and
+    labels (int64 (S,)) are in the same order.
 
     resize: default native; an image that would exceed token_budget − prefix_tokens is shrunk to it.
     token_budget, token_drop, prefix_tokens, image_budget, strategy: see `navit.packing.pack`.
@@ -264,7 +256,7 @@ def batches(
     waiting: list[tuple[int, Tensor]] = []  # decoded, not yet in a pack that left
     arrived = packed_windows = 0  # tokens since the last packing
 
-    def pack_waiting(last: bool) -> Iterator[Batch]:
+    def pack_waiting(last: bool) -> Iterator[tuple[PackedImages, Tensor]]:
         """Pack what waits; until the last time, the emptiest pack's images wait on."""
         nonlocal waiting
         rng = np.random.default_rng((seed, epoch, len(images), packed_windows))
@@ -283,7 +275,7 @@ def batches(
         for number in rng.permutation(len(packs)) if shuffle else range(len(packs)):
             if number != emptiest:
                 mine = places[packs[number].order]
-                yield Batch(packs[number], labels[mine], mine)
+                yield replace(packs[number], order=mine), labels[mine]
         waiting = [] if emptiest is None else [waiting[i] for i in packs[emptiest].order.tolist()]
 
     for chunk in loader:
