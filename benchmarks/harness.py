@@ -29,6 +29,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import timing
 import torch
 from timing import (
     Ceilings,
@@ -64,7 +65,7 @@ Row = dict[str, Any]
 
 def machine() -> Row:
     """What the numbers depend on. Two runs on the same card with the same software agree in all but CEILING_KEYS."""
-    on_gpu = torch.cuda.is_available()
+    on_gpu = timing.device == "cuda"
     try:
         import triton
 
@@ -137,10 +138,10 @@ def merge(old: Row, new: Row) -> Row:
 
 
 def results_path(bench: str, options: argparse.Namespace) -> Path:
-    """--out, or results/<gpu>/<bench>.json; without a GPU, or in smoke mode, a file in the temporary folder."""
+    """--out, or results/<gpu>/<bench>.json; in smoke mode a file in the temporary folder."""
     if options.out:
         return Path(options.out)
-    if options.smoke or not torch.cuda.is_available():
+    if timing.device == "cpu":
         return Path(tempfile.gettempdir()) / "navit-benchmarks-smoke" / f"{bench}.json"
     return RESULTS / gpu_slug(torch.cuda.get_device_name()) / f"{bench}.json"
 
@@ -189,7 +190,9 @@ def describe(results: Row) -> str:
 def print_table(rows: Iterable[Row]) -> None:
     """Print rows under the keys of the first one, numbers to three digits, and % of floor where there is a floor."""
     shown = [_formatted(row) for row in rows]
-    columns = list(shown[0]) if shown else []
+    if not shown:
+        return
+    columns = list(shown[0])
     widths = [max(len(column), *(len(row.get(column, "")) for row in shown)) for column in columns]
     for cells in [columns, *([row.get(column, "") for column in columns] for row in shown)]:
         print("  ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
@@ -228,14 +231,13 @@ def parse_options(options: argparse.ArgumentParser, arguments: Sequence[str] | N
     stream cannot be captured.
     """
     parsed = options.parse_args(arguments)
-    if parsed.smoke:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif not torch.cuda.is_available():
-        options.error("there is no CUDA GPU; --smoke tries the script on the CPU")
-    else:
+    parsed.device = timing.device = "cpu" if parsed.smoke else "cuda"
+    ceilings.cache_clear()
+    if parsed.device == "cuda":
+        if not torch.cuda.is_available():
+            options.error("there is no CUDA GPU; --smoke tries the script on the CPU")
         torch.cuda.set_stream(torch.cuda.Stream())
     parsed.deadline = time.monotonic() + parsed.budget_seconds
-    parsed.device = "cpu" if parsed.smoke else "cuda"
     parsed.milliseconds = 5.0 if parsed.smoke else 30.0 if parsed.quick else 100.0
     return parsed
 

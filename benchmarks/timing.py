@@ -16,6 +16,8 @@ import torch
 
 Run = Callable[[], Any]
 
+device = "cuda" if torch.cuda.is_available() else "cpu"  # what is timed; harness.parse_options sets it
+
 
 class Timing(NamedTuple):
     """Median µs of one call, the interquartile range relative to it, and the timer used."""
@@ -69,10 +71,10 @@ def measure(runs: Sequence[Run], timer: str = "graph", milliseconds: float = 100
     Args:
         runs: functions of the same work on different buffers, taken in turn. Together they should touch several times
             the L2 cache: `sets_beyond_cache` says how many sets that takes.
-        timer: "graph", "events" or "kernels" (see harness.py); "clock" wherever there is no GPU.
+        timer: "graph", "events" or "kernels" (see harness.py); "clock" wherever no GPU is used.
         milliseconds: how much GPU time to spend, roughly, warm-up apart.
     """
-    if not torch.cuda.is_available():
+    if device != "cuda":
         timer = "clock"
     for run in runs:
         run()
@@ -85,7 +87,7 @@ def measure(runs: Sequence[Run], timer: str = "graph", milliseconds: float = 100
 
 def sets_beyond_cache(bytes_per_set: float) -> int:
     """How many sets of buffers to rotate so that four L2 caches of other data pass before one returns; at least 2."""
-    if not torch.cuda.is_available():
+    if device != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     return max(2, int(4 * cache / bytes_per_set) + 2)
@@ -185,7 +187,7 @@ def peak_mib(run: Run) -> float:
 
 
 def synchronize() -> None:
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.synchronize()
 
 
@@ -195,12 +197,10 @@ def synchronize() -> None:
 @functools.cache
 def ceilings() -> Ceilings:
     """Measure this machine's copy bandwidth and matrix rate, once per run, on random data."""
-    on_gpu = torch.cuda.is_available()
-    device, size, width = ("cuda", 2**30, 8192) if on_gpu else ("cpu", 2**20, 128)
+    size, width, dtype = (2**30, 8192, torch.bfloat16) if device == "cuda" else (2**20, 128, torch.float32)
     sources = [torch.randint(256, (size,), dtype=torch.uint8, device=device) for _ in range(2)]
     target = torch.empty_like(sources[0])
     copy = measure([functools.partial(target.copy_, source) for source in sources])
-    dtype = torch.bfloat16 if on_gpu else torch.float32
     left, right = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
     product = torch.empty_like(left)
     matmul = measure([functools.partial(torch.mm, left, right, out=product)])

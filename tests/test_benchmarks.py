@@ -1,0 +1,210 @@
+"""The benchmarks report nothing that is wrong, mixed or incomplete. All but one of these tests run without a GPU."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import attention_cases  # noqa: E402
+import bench_self_attention  # noqa: E402
+import harness  # noqa: E402
+import report_self_attention  # noqa: E402
+import timing  # noqa: E402
+from attention_cases import Case  # noqa: E402
+
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
+SMOKE = ["--smoke", "--contenders", "sdpa_loop,navit_kernels", "--cases", "U16"]
+MACHINE = {"gpu": "NVIDIA H100 80GB HBM3", "gpu_uuid": "a", "torch": "2.11.0", "copy_tb_s": 3.0, "matmul_tflop_s": 750}
+H100 = timing.Ceilings(bytes_per_s=3.0e12, flops_per_s=750e12)
+
+
+def attention_row(**changes: object) -> harness.Row:
+    row = {"case": "pt", "heads": 16, "head_dim": 64, "dtype": "bf16", "qk_norm": "layer_norm", "direction": "fwd"}
+    return {**row, "contender": "fa3", "us": 600.0, "floor_us": 180.0, "timer": "graph", **changes}
+
+
+def results_of(*rows: harness.Row, **changes: object) -> harness.Row:
+    return {"machine": dict(MACHINE), "commit": "abc", "rows": list(rows), **changes}
+
+
+# The gate
+
+
+def test_smoke_run_writes_tidy_rows_and_prints_their_path_last(tmp_path, capsys):
+    before = set(RESULTS)
+    bench_self_attention.main([*SMOKE, "--out", str(tmp_path / "results.json")])
+    path = capsys.readouterr().out.splitlines()[-1]
+    assert path == str(tmp_path / "results.json")
+    results = json.loads(Path(path).read_text())
+    assert {"machine", "commit", "rows"} <= set(results)
+    for row in results["rows"]:
+        assert set(row) == set(attention_row())
+        assert row["us"] > 0
+        assert row["floor_us"] > 0
+    held = {(row["contender"], row["qk_norm"], row["direction"]) for row in results["rows"]}
+    names, norms = ("sdpa_loop", "navit_kernels"), ("layer_norm", "none")
+    assert held == {(name, norm, way) for name in names for norm in norms for way in ("fwd", "bwd")}
+    assert set((ROOT / "benchmarks" / "results").glob("*/*.json")) == before
+
+
+@pytest.mark.parametrize("error", [0.05, math.nan])
+def test_nothing_is_reported_when_our_result_is_wrong(monkeypatch, tmp_path, error):
+    right = attention_cases.varlen_attention
+    monkeypatch.setattr(
+        attention_cases, "varlen_attention", lambda *args, **kwargs: right(*args, **kwargs) * (1 + error)
+    )
+    with pytest.raises(SystemExit, match="navit_kernels") as exit:
+        bench_self_attention.main([*SMOKE, "--out", str(tmp_path / "results.json")])
+    assert exit.value.code != 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_reported_when_a_peer_computes_something_else(monkeypatch, tmp_path):
+    monkeypatch.setattr(attention_cases.F, "layer_norm", lambda x, shape, weight, eps: x * weight)
+    with pytest.raises(SystemExit, match="sdpa_loop"):
+        bench_self_attention.main([*SMOKE, "--out", str(tmp_path / "results.json")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_required_peers_that_are_missing_stop_the_run(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("they may be there")
+    with pytest.raises(SystemExit, match="fa3, fa4, torch_varlen"):
+        bench_self_attention.main(["--smoke", "--require-peers", "--out", str(tmp_path / "results.json")])
+
+
+def test_a_real_run_needs_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        bench_self_attention.main([])
+    assert "no CUDA GPU" in capsys.readouterr().err
+
+
+# Floors and faults
+
+
+def test_floors_follow_bytes_for_short_images_and_flops_for_long_ones(monkeypatch):
+    monkeypatch.setattr(attention_cases, "ceilings", lambda: H100)
+    short, long = Case("U64", 16, 64, (64,) * 1024), Case("U4096", 16, 64, (4096,) * 16)
+    tensor_us = 65536 * 16 * 64 * 2 / 3.0e12 * 1e6
+    assert short.floor_us("fwd") == pytest.approx(4 * tensor_us)
+    assert short.floor_us("bwd") == pytest.approx(7 * tensor_us)
+    product_us = 2 * 16 * 64 * 16 * 4096**2 / 750e12 * 1e6
+    assert long.floor_us("fwd") == pytest.approx(2 * product_us)
+    assert long.floor_us("bwd") == pytest.approx(5 * product_us)
+
+
+def test_a_norm_backward_with_launch_gaps_in_it_is_a_fault(monkeypatch):
+    monkeypatch.setattr(bench_self_attention, "ceilings", lambda: H100)
+    bench_self_attention.assert_norm_backward_is_sane(290, 65536, 16, 64)
+    with pytest.raises(bench_self_attention.MeasuringFault, match="347"):
+        bench_self_attention.assert_norm_backward_is_sane(347, 65536, 16, 64)
+
+
+def test_sample_holds_the_longest_and_the_shortest_image():
+    lengths = [70, 5, 900, 64, 1, 300]
+    sample = attention_cases.sample_images(lengths, tokens=1000)
+    assert {2, 4} <= set(sample)
+    assert sum(lengths[image] for image in sample) <= 1000
+    assert len(attention_cases.sample_images([4096, 4096])) == 1
+
+
+# Results
+
+
+def test_merging_replaces_the_row_about_the_same_thing_and_keeps_the_others():
+    old = results_of(attention_row(us=600.0), attention_row(contender="fa4", us=700.0))
+    new = results_of(
+        attention_row(us=590.0, floor_us=181.0, timer="events"), peak_mib=[{"case": "pt", "peak_mib": 1.0}]
+    )
+    new["machine"]["copy_tb_s"] = 2.99  # measured anew in every run
+    joined = harness.merge(old, new)
+    assert [(row["contender"], row["us"]) for row in joined["rows"]] == [("fa3", 590.0), ("fa4", 700.0)]
+    assert joined["peak_mib"] == [{"case": "pt", "peak_mib": 1.0}]
+
+
+@pytest.mark.parametrize("part", ["commit", "torch", "gpu_uuid"])
+def test_results_of_different_runs_are_not_mixed(part):
+    other = results_of(attention_row(contender="fa4"))
+    if part == "commit":
+        other["commit"] = "def"
+    else:
+        other["machine"][part] = "other"
+    with pytest.raises(ValueError, match=part):
+        harness.merge(results_of(attention_row()), other)
+
+
+def test_a_refused_merge_loses_neither_result(tmp_path):
+    path = tmp_path / "self_attention.json"
+    options = harness.parse_options(harness.parser(""), ["--smoke", "--merge", "--out", str(path)])
+    path.write_text(json.dumps(results_of(attention_row())))
+    before = path.read_text()
+    with pytest.raises(SystemExit, match="not one run"):
+        harness.write_results("self_attention", [attention_row(contender="fa4")], options)
+    assert path.read_text() == before
+    (beside,) = set(tmp_path.iterdir()) - {path}
+    assert json.loads(beside.read_text())["rows"][0]["contender"] == "fa4"
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        (None, "cpu"),
+    ],
+)
+def test_results_folder_is_named_after_the_gpu(name, slug):
+    assert harness.gpu_slug(name) == slug
+
+
+def test_ratios_compare_with_the_best_required_peer():
+    us = {"navit_kernels": 100.0, "fa3": 300.0, "fa4": 250.0, "torch_varlen": 400.0, "flex_attention": 1.0}
+    rows = [attention_row(contender=name, us=t, direction=way) for name, t in us.items() for way in ("fwd", "bwd")]
+    (line,) = report_self_attention.ratios(rows)
+    assert line["fwd+bwd"] == "2.50× fa4"
+    assert (line["at least"], line["aim at"]) == report_self_attention.TARGETS["pt", 16, 64]
+
+
+def test_missing_names_each_required_peer_and_direction_that_lacks():
+    names = ("navit_kernels", "fa3", "fa4", "torch_varlen")
+    rows = [attention_row(contender=name, direction=way) for name in names for way in ("fwd", "bwd")]
+    assert report_self_attention.missing(rows) == []
+    assert report_self_attention.missing(rows[:-1]) == ["pt 16 64 bf16 layer_norm: no torch_varlen bwd"]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_committed_results_state_their_machine_and_commit(path):
+    results = json.loads(path.read_text())
+    assert harness.gpu_slug(results["machine"]["gpu"]) == path.parent.name
+    assert results["commit"] not in ("", "unknown")
+    assert results["rows"]
+    assert all(row["contender"] for row in results["rows"])
+
+
+def test_committed_h100_attention_results_hold_every_required_peer():
+    path = ROOT / "benchmarks" / "results" / "h100" / "self_attention.json"
+    if not path.exists():
+        pytest.skip("none committed yet")
+    assert report_self_attention.missing(json.loads(path.read_text())["rows"]) == []
+
+
+@pytest.mark.gpu
+def test_timers_agree_on_a_large_copy():
+    harness.parse_options(harness.parser(""), [])
+    try:
+        source, target = torch.randn(2**27, device="cuda"), torch.empty(2**27, device="cuda")
+        graph, events, kernels = (
+            timing.measure([lambda: target.copy_(source)] * 2, timer, 20).us for timer in ("graph", "events", "kernels")
+        )
+        assert events == pytest.approx(graph, rel=0.15)
+        assert kernels == pytest.approx(graph, rel=0.15)
+    finally:
+        torch.cuda.set_stream(torch.cuda.default_stream())
