@@ -57,7 +57,7 @@ class Resize:
         """(rows, columns) of patches for an image of height × width pixels."""
         if self.kind != "tokens":
             scale = self._side(rng, math.sqrt(height * width)) / math.sqrt(height * width) / patch_size
-            rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+            rows, columns = rounded_grid(height, width, scale)
             if self.max_tokens is None or rows * columns <= self.max_tokens:
                 return rows, columns
         assert self.max_tokens is not None
@@ -74,14 +74,21 @@ class Resize:
         return self.low + (drawn + 1) / 2 * (self.high - self.low)
 
 
+def rounded_grid(height: float, width: float, scale: float) -> tuple[int, int]:
+    """(rows, columns): both sides times scale, rounded to whole patches, at least one."""
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
 def largest_grid(height: float, width: float, max_tokens: int) -> tuple[int, int]:
-    """(rows, columns) of the largest grid of at most max_tokens patches in about the aspect ratio height / width."""
-    scale = math.sqrt(max_tokens / (height * width))
-    rows = min(max(1, math.floor(height * scale)), max_tokens)
-    columns = min(max(1, math.floor(width * scale)), max_tokens // rows)
-    if height > width:  # the longer side takes the patches that rounding left over, up to the exact ratio
-        return min(max_tokens // columns, max(1, round(columns * height / width))), columns
-    return rows, min(max_tokens // rows, max(1, round(rows * width / height)))
+    """(rows, columns) at the largest scale whose rounded grid has at most max_tokens patches."""
+    fits, exceeds = 0.0, (max_tokens + 1) / max(height, width)
+    for _ in range(40):  # halvings, until scales differ by less than any rounding
+        middle = (fits + exceeds) / 2
+        if math.prod(rounded_grid(height, width, middle)) <= max_tokens:
+            fits = middle
+        else:
+            exceeds = middle
+    return rounded_grid(height, width, fits)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ Writes OUT/<class>/<hash>.<suffix>, and OUT/manifest.csv with columns path, labe
 - Where drawings are decoded, those over 64 megapixels, broken or 1 × 1 are left out, and named at the end.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import hashlib
@@ -39,7 +37,7 @@ from navit.images import UnusableImage, read_rgb
 MAX_PIXELS = 64_000_000
 HELD_OUT = 0.2
 MINI_SIDE, MINI_TRAIN, MINI_TEST, MINI_PER_GROUP = 128, 195, 50, 16
-MINI = {  # the largest groups of folders that a small model can tell apart; each icon theme has its own style
+MINI = {  # folders with many independent drawings that a small model can tell apart; an icon theme is one style
     "animals": "animals",
     "flags": "signs_and_symbols/flags",
     "flat-icons": "computer/icons/flat-theme",
