@@ -218,6 +218,7 @@ def batches(
     augment: Augment | None = None,
     token_drop: DropRate | None = None,
     prefix_tokens: int = 0,
+    max_side: int | None = None,
     image_budget: int | None = None,
     strategy: str = "best_fit",
     shuffle: bool = True,
@@ -231,8 +232,9 @@ def batches(
     """One epoch of (pack, labels): every usable image once. A pack's `order` holds its images' places in the set, and
     labels (int64 (S,)) are in the same order.
 
-    resize: default native; an image that would exceed token_budget − prefix_tokens is shrunk to it.
-    token_budget, token_drop, prefix_tokens, image_budget, strategy: see `navit.packing.pack`.
+    patch_size, prefix_tokens, max_side: what the loader must know of the model, `NaViTConfig.pack_options`.
+    resize: default native; an image that would have over max_side patches a side or not fit the budget is shrunk.
+    token_budget, token_drop, image_budget, strategy: see `navit.packing.pack`.
     shuffle: draw the order of the images, and of the packs; else images come in the set's order, as packing allows.
     workers: processes that decode; 0 decodes here. The batches are the same, bit for bit, for any number.
     window: how many packs' worth of images are packed at a time; more fill packs better and wait longer.
@@ -241,7 +243,7 @@ def batches(
     The same seed and epoch give the same batches: to resume, skip as many as were seen.
     """
     resize, room = resize or Resize(), token_budget - prefix_tokens
-    resize = replace(resize, max_tokens=min(resize.max_tokens or room, room))
+    resize = replace(resize, max_tokens=min(resize.max_tokens or room, room), max_side=resize.max_side or max_side)
     decoded = _Decoded(images, patch_size, resize, augment, seed, epoch, max_pixels)
     order = np.random.default_rng((seed, epoch)).permutation(len(images)) if shuffle else np.arange(len(images))
     loader = DataLoader(

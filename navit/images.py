@@ -32,7 +32,7 @@ class Resize:
 
     kind: "native" keeps the size. "uniform" and "truncated_normal" draw a side r in [low, high] pixels and resize to r²
         pixels; low = high fixes it. "tokens" resizes, up or down, to as many patches as fit into max_tokens.
-    max_tokens: no image gets more patches than this, whatever the kind; None: no limit.
+    max_tokens, max_side: no image gets more patches, or more patches a side, whatever the kind; None: no limit.
 
     truncated_normal is N(−0.5, 1) cut to [−1, 1] and stretched to [low, high].
     Source: NaViT (arXiv 2307.06304): uniform over [64, 256] in its main runs, truncated_normal over [64, 384] the best.
@@ -42,6 +42,7 @@ class Resize:
     low: float = 64.0
     high: float = 256.0
     max_tokens: int | None = None
+    max_side: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("native", "uniform", "truncated_normal", "tokens"):
@@ -50,18 +51,19 @@ class Resize:
             raise ValueError(f"sides must be 0 < low <= high, got low = {self.low}, high = {self.high}")
         if self.max_tokens is None and self.kind == "tokens":
             raise ValueError("max_tokens must be given for kind 'tokens', got None")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        for name, limit in (("max_tokens", self.max_tokens), ("max_side", self.max_side)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name} must be at least 1, got {limit}")
 
     def grid(self, height: float, width: float, patch_size: int, rng: np.random.Generator) -> tuple[int, int]:
         """(rows, columns) of patches for an image of height × width pixels."""
+        max_tokens, max_side = self.max_tokens or math.inf, self.max_side or math.inf
         if self.kind != "tokens":
             scale = self._side(rng, math.sqrt(height * width)) / math.sqrt(height * width) / patch_size
             rows, columns = rounded_grid(height, width, scale)
-            if self.max_tokens is None or rows * columns <= self.max_tokens:
+            if rows * columns <= max_tokens and max(rows, columns) <= max_side:
                 return rows, columns
-        assert self.max_tokens is not None
-        return largest_grid(height, width, self.max_tokens)
+        return largest_grid(height, width, max_tokens, max_side)
 
     def _side(self, rng: np.random.Generator, native: float) -> float:
         if self.kind == "native":
@@ -79,12 +81,13 @@ def rounded_grid(height: float, width: float, scale: float) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def largest_grid(height: float, width: float, max_tokens: int) -> tuple[int, int]:
-    """(rows, columns) at the largest scale whose rounded grid has at most max_tokens patches."""
-    fits, exceeds = 0.0, (max_tokens + 1) / max(height, width)
+def largest_grid(height: float, width: float, max_tokens: float, max_side: float) -> tuple[int, int]:
+    """(rows, columns) at the largest scale whose rounded grid has at most that many patches in all and per side."""
+    fits, exceeds = 0.0, (min(max_tokens, max_side) + 1) / max(height, width)
     for _ in range(40):  # halvings, until scales differ by less than any rounding
         middle = (fits + exceeds) / 2
-        if math.prod(rounded_grid(height, width, middle)) <= max_tokens:
+        rows, columns = rounded_grid(height, width, middle)
+        if rows * columns <= max_tokens and max(rows, columns) <= max_side:
             fits = middle
         else:
             exceeds = middle

@@ -211,12 +211,17 @@ def test_a_token_budget_is_kept_and_used(h: int, w: int, budget: int) -> None:
     assert max(low for low, _ in scales) <= min(high for _, high in scales) * (1 + 1e-9)  # both rounded at one scale
 
 
-@given(sides, sides, st.integers(1, 300))
-def test_a_limit_shrinks_large_images_only(h: int, w: int, limit: int) -> None:
+@given(sides, sides, st.integers(1, 300), st.integers(1, 64))
+def test_limits_shrink_large_images_only(h: int, w: int, max_tokens: int, max_side: int) -> None:
     rng = np.random.default_rng(0)
-    free, bound = Resize().grid(h, w, 16, rng), Resize(max_tokens=limit).grid(h, w, 16, rng)
+    free, bound = (
+        Resize(**limits).grid(h, w, 16, rng) for limits in ({}, {"max_tokens": max_tokens, "max_side": max_side})
+    )
     assert free == (max(1, round(h / 16)), max(1, round(w / 16)))
-    assert bound == free if free[0] * free[1] <= limit else bound[0] * bound[1] <= limit
+    if max(free) <= max_side and free[0] * free[1] <= max_tokens:
+        assert bound == free
+    assert bound[0] * bound[1] <= max_tokens
+    assert max(bound) <= max_side
 
 
 def test_sampled_sides_follow_the_paper() -> None:
@@ -233,7 +238,7 @@ def test_sampled_sides_follow_the_paper() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"kind": "square"}, {"low": 0.0}, {"low": 300.0}, {"kind": "tokens"}, {"max_tokens": 0}]
+    "wrong", [{"kind": "square"}, {"low": 0.0}, {"low": 300.0}, {"kind": "tokens"}, {"max_tokens": 0}, {"max_side": 0}]
 )
 def test_impossible_sizes_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match="must be"):
