@@ -1,4 +1,4 @@
-"""patchify: checks and dispatch.
+"""patchify: checks, registration, autograd.
 
 T tokens (kept patches), S images, C channels, P patch values = C · patch_size².
 """
@@ -6,6 +6,7 @@ T tokens (kept patches), S images, C channels, P patch values = C · patch_size�
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,16 @@ def patchify(
                 check_same(name, tensor, "pixels", images.pixels, dtype=False)
     check_option("dtype", dtype, FLOATS)
     check_option("backend", backend, BACKENDS)
-    return reference.patchify(images, patch_size, mean, std, keep, norm, dtype)
+    if backend == "reference" or (backend == "auto" and images.pixels.device.type == "cpu"):
+        return reference.patchify(images, patch_size, mean, std, keep, norm, dtype)
+    check_dtype("pixels", images.pixels, (torch.uint8, *FLOATS[:3]))
+    check_option("dtype", dtype, FLOATS[:3])
+    weight_P, bias_P, eps = norm or (None, None, 0.0)
+    cu_seqlens, coords_T2 = (None, None) if keep is None else (keep.cu_seqlens, keep.coords_T2.contiguous())
+    return _patchify(
+        images.pixels.contiguous(), images.offsets_S, images.sizes_S2.contiguous(), images.channels, cu_seqlens,
+        coords_T2, patch_size, [*mean], [*std], weight_P, bias_P, eps, dtype,
+    )  # fmt: skip
 
 
 def _check_buffer(images: PixelBuffer, patch_size: int) -> None:
@@ -90,3 +100,82 @@ def _check_sides(sizes: list[tuple[int, ...]], patch_size: int) -> None:
     for index, (height, width) in enumerate(sizes):
         if height % patch_size or width % patch_size:
             fail(f"images[{index}]", f"of sides that are multiples of the patch size {patch_size}", (height, width))
+
+
+@torch.library.custom_op("navit_kernels::patchify", mutates_args=())
+def _patchify(
+    pixels: Tensor, offsets_S: Tensor, sizes_S2: Tensor, channels: int, cu_seqlens: Tensor | None,
+    coords_T2: Tensor | None, patch_size: int, mean: Sequence[float], std: Sequence[float],
+    weight_P: Tensor | None, bias_P: Tensor | None, eps: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    from . import kernel
+
+    return kernel.patchify(
+        pixels,
+        offsets_S,
+        sizes_S2,
+        channels,
+        cu_seqlens,
+        coords_T2,
+        patch_size,
+        mean,
+        std,
+        weight_P,
+        bias_P,
+        eps,
+        dtype,
+    )
+
+
+@_patchify.register_fake
+def _(pixels, offsets_S, sizes_S2, channels, cu_seqlens, coords_T2, patch_size, *others):  # type: ignore[no-untyped-def]
+    values = channels * patch_size**2
+    tokens = pixels.shape[0] // values if coords_T2 is None else coords_T2.shape[0]
+    return pixels.new_empty(tokens, values, dtype=others[-1])
+
+
+@torch.library.custom_op("navit_kernels::patchify_backward", mutates_args=())
+def _patchify_backward(
+    d_patches_TP: Tensor, pixels: Tensor, offsets_S: Tensor, sizes_S2: Tensor, channels: int,
+    cu_seqlens: Tensor | None, coords_T2: Tensor | None, patch_size: int, mean: Sequence[float], std: Sequence[float],
+    weight_P: Tensor | None, has_bias: bool, eps: float, wants_pixels: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from . import kernel
+
+    return kernel.patchify_backward(
+        d_patches_TP, pixels, offsets_S, sizes_S2, channels, cu_seqlens, coords_T2, patch_size, mean, std,
+        weight_P, has_bias, eps, wants_pixels,
+    )  # fmt: skip
+
+
+@_patchify_backward.register_fake
+def _(d_patches_TP, pixels, *others):  # type: ignore[no-untyped-def]
+    weight_P, has_bias, _, wants_pixels = others[-4:]
+    sums = 0 if weight_P is None else 1 + has_bias
+    d_norm_NP = d_patches_TP.new_empty(sums, d_patches_TP.shape[1], dtype=torch.float32)
+    return torch.empty_like(pixels) if wants_pixels else pixels.new_empty(0), d_norm_NP
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pixels, offsets_S, sizes_S2, channels, cu_seqlens, coords_T2, patch_size, mean, std, weight_P, bias_P, eps, _ = (
+        inputs
+    )
+    ctx.save_for_backward(pixels, offsets_S, sizes_S2, cu_seqlens, coords_T2, weight_P)
+    ctx.constants = channels, patch_size, mean, std, eps
+    ctx.bias_dtype = None if bias_P is None else bias_P.dtype
+
+
+def _backward(ctx: Any, d_patches_TP: Tensor) -> tuple[Tensor | None, ...]:
+    pixels, offsets_S, sizes_S2, cu_seqlens, coords_T2, weight_P = ctx.saved_tensors
+    channels, patch_size, mean, std, eps = ctx.constants
+    wants_pixels, has_bias = ctx.needs_input_grad[0], ctx.bias_dtype is not None
+    d_pixels, d_norm_NP = _patchify_backward(
+        d_patches_TP, pixels, offsets_S, sizes_S2, channels, cu_seqlens, coords_T2, patch_size, mean, std,
+        weight_P, has_bias, eps, wants_pixels,
+    )  # fmt: skip
+    d_weight_P = None if weight_P is None else d_norm_NP[0].to(weight_P.dtype)
+    d_bias_P = d_norm_NP[1].to(ctx.bias_dtype) if has_bias else None
+    return d_pixels if wants_pixels else None, *(None,) * 8, d_weight_P, d_bias_P, None, None
+
+
+_patchify.register_autograd(_backward, setup_context=_setup_context)

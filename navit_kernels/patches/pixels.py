@@ -47,25 +47,27 @@ class PixelBuffer:
                 wanted = f"like images[0]: {first.shape[0]} channels, {first.dtype}, {first.device}"
                 fail(f"images[{index}]", wanted, f"{image.shape[0]} channels, {image.dtype}, {image.device}")
         flat = [image.reshape(-1) for image in images]
-        meta = torch.tensor([image.shape[1:] for image in images], dtype=torch.int32)
+        sizes_S2 = torch.tensor([image.shape[1:] for image in images], dtype=torch.int32)
         counts = torch.tensor([image.numel() for image in images])
         offsets_S = counts.cumsum(0) - counts
         if pin_memory and first.device.type == "cpu":
             pixels = torch.empty(int(counts.sum()), dtype=first.dtype, pin_memory=True)
             torch.cat(flat, out=pixels)
-            offsets_S, meta = offsets_S.pin_memory(), meta.pin_memory()
+            offsets_S, sizes_S2 = offsets_S.pin_memory(), sizes_S2.pin_memory()
         else:
             pixels = torch.cat(flat)
-        to = {"device": first.device, "non_blocking": True}
-        return cls(pixels, offsets_S.to(**to), meta.to(**to), first.shape[0])
+        return cls(pixels, offsets_S, sizes_S2, first.shape[0]).to(first.device)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PixelBuffer:
-        moved = (t.to(device, non_blocking=non_blocking) for t in (self.pixels, self.offsets_S, self.sizes_S2))
-        return PixelBuffer(*moved, channels=self.channels)
+        """The same images on another device."""
+        moved = [t.to(device, non_blocking=non_blocking) for t in (self.pixels, self.offsets_S, self.sizes_S2)]
+        return PixelBuffer(moved[0], moved[1], moved[2], self.channels)
 
     def pin_memory(self) -> PixelBuffer:
-        pinned = (t.pin_memory() for t in (self.pixels, self.offsets_S, self.sizes_S2))
-        return PixelBuffer(*pinned, channels=self.channels)
+        """The same images in page-locked memory, from where `.to("cuda")` copies without waiting."""
+        return PixelBuffer(
+            self.pixels.pin_memory(), self.offsets_S.pin_memory(), self.sizes_S2.pin_memory(), self.channels
+        )
 
 
 @dataclass(frozen=True)
@@ -83,4 +85,7 @@ class KeptPatches:
     coords_T2: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> KeptPatches:
-        return KeptPatches(*(t.to(device, non_blocking=non_blocking) for t in (self.cu_seqlens, self.coords_T2)))
+        """The same patches, described on another device."""
+        return KeptPatches(
+            self.cu_seqlens.to(device, non_blocking=non_blocking), self.coords_T2.to(device, non_blocking=non_blocking)
+        )

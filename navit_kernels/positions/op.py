@@ -1,6 +1,8 @@
-"""add_positions: checks and dispatch. T tokens, L table rows, E model width."""
+"""add_positions: checks, registration, autograd. T tokens, L table rows, E model width."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,4 +76,77 @@ def add_positions(
                 f"from 0 to {(lengths - 1).tolist()}",
                 f"{coords_T2.amin(0).tolist()} to {coords_T2.amax(0).tolist()}",
             )
-    return reference.add_positions(x_TE, coords_T2, row_table_LE, column_table_LE, combine, norm, dtype)
+    if backend == "reference" or (backend == "auto" and x_TE.device.type == "cpu"):
+        return reference.add_positions(x_TE, coords_T2, row_table_LE, column_table_LE, combine, norm, dtype)
+    check_dtype("x", x_TE, FLOATS[:3])
+    check_same("column_table", column_table_LE, "row_table", row_table_LE)
+    weight_E, bias_E, eps = norm or (None, None, 0.0)
+    return _add_positions(
+        x_TE, coords_T2, row_table_LE, column_table_LE, combine, weight_E, bias_E, eps, dtype or x_TE.dtype
+    )
+
+
+@torch.library.custom_op("navit_kernels::add_positions", mutates_args=())
+def _add_positions(
+    x_TE: Tensor, coords_T2: Tensor, row_table_LE: Tensor, column_table_LE: Tensor, combine: str,
+    weight_E: Tensor | None, bias_E: Tensor | None, eps: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    from . import kernel
+
+    return kernel.add_positions(x_TE, coords_T2, row_table_LE, column_table_LE, combine, weight_E, bias_E, eps, dtype)
+
+
+@_add_positions.register_fake
+def _(x_TE, coords_T2, row_table_LE, column_table_LE, combine, weight_E, bias_E, eps, dtype):  # type: ignore[no-untyped-def]
+    return x_TE.new_empty(x_TE.shape, dtype=dtype)
+
+
+@torch.library.custom_op("navit_kernels::add_positions_norm_backward", mutates_args=())
+def _norm_backward(dy_TE: Tensor, x_TE: Tensor, weight_E: Tensor, has_bias: bool, eps: float) -> tuple[Tensor, Tensor]:
+    from . import kernel
+
+    return kernel.norm_backward(dy_TE, x_TE, weight_E, has_bias, eps)
+
+
+@_norm_backward.register_fake
+def _(dy_TE, x_TE, weight_E, has_bias, eps):  # type: ignore[no-untyped-def]
+    return x_TE.new_empty(x_TE.shape), x_TE.new_empty(1 + has_bias, x_TE.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("navit_kernels::add_positions_table_backward", mutates_args=())
+def _table_backward(
+    dy_TE: Tensor, coords_T2: Tensor, row_table_LE: Tensor, column_table_LE: Tensor, combine: str
+) -> Tensor:
+    from . import kernel
+
+    return kernel.table_backward(dy_TE, coords_T2, row_table_LE, column_table_LE, combine)
+
+
+@_table_backward.register_fake
+def _(dy_TE, coords_T2, row_table_LE, column_table_LE, combine):  # type: ignore[no-untyped-def]
+    return dy_TE.new_empty(row_table_LE.numel() + column_table_LE.numel(), dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_TE, coords_T2, row_table_LE, column_table_LE, ctx.combine, weight_E, bias_E, ctx.eps, _ = inputs
+    ctx.x_dtype, ctx.bias_dtype = x_TE.dtype, None if bias_E is None else bias_E.dtype
+    ctx.save_for_backward(None if weight_E is None else x_TE, coords_T2, row_table_LE, column_table_LE, weight_E)
+
+
+def _backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor | None, ...]:
+    x_TE, coords_T2, row_table_LE, column_table_LE, weight_E = ctx.saved_tensors
+    d_row_table_LE = d_column_table_LE = d_weight_E = d_bias_E = None
+    if weight_E is None:
+        dx_TE = dy_TE.to(ctx.x_dtype)
+    else:
+        dx_TE, d_norm_NE = _norm_backward(dy_TE, x_TE, weight_E, ctx.bias_dtype is not None, ctx.eps)
+        d_weight_E = d_norm_NE[0].to(weight_E.dtype)
+        d_bias_E = None if ctx.bias_dtype is None else d_norm_NE[1].to(ctx.bias_dtype)
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        d_tables = _table_backward(dy_TE, coords_T2, row_table_LE, column_table_LE, ctx.combine).to(row_table_LE.dtype)
+        d_row_table_LE = d_tables[: row_table_LE.numel()].view(row_table_LE.shape)
+        d_column_table_LE = d_tables[row_table_LE.numel() :].view(column_table_LE.shape)
+    return dx_TE, None, d_row_table_LE, d_column_table_LE, None, d_weight_E, d_bias_E, None, None
+
+
+_add_positions.register_autograd(_backward, setup_context=_setup_context)

@@ -35,7 +35,7 @@ def fourier_table(length: int, frequencies: Tensor) -> Tensor:
 
 
 def resize_table(table_LE: Tensor, new_length: int) -> Tensor:
-    """Interpolate a table linearly to new_length rows, for grids larger than trained; beyond the ends it is constant."""
+    """Interpolate a table linearly to new_length rows, for grids larger than trained; constant beyond the ends."""
     return interpolate(table_LE.T[None], size=new_length, mode="linear", align_corners=False)[0].T
 
 
