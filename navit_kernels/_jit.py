@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def segment_of(offs_t, mask_t, cu_seqlens_ptr, segments):
-    """The segment that owns each token: the last one that starts at or before it. A binary search of a uniform depth."""
+    """The segment that owns each token: the last one that starts at or before it, found by bisection."""
     first = tl.zeros_like(offs_t)
     size = segments
     while size > 1:

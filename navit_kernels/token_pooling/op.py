@@ -1,18 +1,23 @@
-"""pool_tokens and attention_pool: checks and dispatch.
+"""pool_tokens and attention_pool: checks, registration, autograd.
 
 T tokens, S segments (images), Q learned queries, H heads, D head width, E model width.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from .._checks import check_cu_seqlens, check_option, check_same, check_shape
+from .._checks import check_cu_seqlens, check_dtype, check_option, check_same, check_shape
 from ..head_norm import HeadNorm, check_head_norm
+from ..self_attention.reference import head_norm
 from . import reference
 
 BACKENDS = ("auto", "reference", "triton")
 MODES = ("mean", "max", "first")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def pool_tokens(x_TE: Tensor, cu_seqlens: Tensor, mode: str = "mean", *, backend: str = "auto") -> Tensor:
@@ -30,7 +35,10 @@ def pool_tokens(x_TE: Tensor, cu_seqlens: Tensor, mode: str = "mean", *, backend
     check_cu_seqlens("cu_seqlens", cu_seqlens, "x", x_TE)
     check_option("mode", mode, MODES)
     check_option("backend", backend, BACKENDS)
-    return reference.pool_tokens(x_TE, cu_seqlens, mode)
+    if backend == "reference" or (backend == "auto" and x_TE.device.type == "cpu"):
+        return reference.pool_tokens(x_TE, cu_seqlens, mode)
+    check_dtype("x", x_TE, DTYPES)
+    return _pool_tokens(x_TE, cu_seqlens, mode)[0]
 
 
 def attention_pool(
@@ -71,6 +79,109 @@ def attention_pool(
     check_head_norm("q_norm", q_norm, "query", query_QHD)
     check_head_norm("k_norm", k_norm, "k", k_THD)
     check_option("backend", backend, BACKENDS)
-    return reference.attention_pool(
-        query_QHD.to(k_THD.dtype), k_THD, v_THD, cu_seqlens, q_norm=q_norm, k_norm=k_norm, softmax_scale=softmax_scale
-    )
+    if backend == "reference" or (backend == "auto" and k_THD.device.type == "cpu"):
+        return reference.attention_pool(
+            query_QHD.to(k_THD.dtype), k_THD, v_THD, cu_seqlens, q_norm=q_norm, k_norm=k_norm,
+            softmax_scale=softmax_scale,
+        )  # fmt: skip
+    check_dtype("k", k_THD, DTYPES)
+    u_QHD = fold_query(query_QHD, q_norm, k_norm, width**-0.5 if softmax_scale is None else softmax_scale)
+    norm, eps = ("none", 0.0) if k_norm is None else (k_norm.kind, k_norm.eps)
+    return _attention_pool(u_QHD, k_THD, v_THD, cu_seqlens, norm, eps)[0]
+
+
+def fold_query(query_QHD: Tensor, q_norm: HeadNorm | None, k_norm: HeadNorm | None, scale: float) -> Tensor:
+    """u = scale · C(γk ⊙ norm(query)) in float32: what raw keys are multiplied with. Few numbers, so plain torch."""
+    if q_norm is not None:
+        parts = (None if part is None else part.float() for part in (q_norm.weight, q_norm.bias))
+        q_norm = HeadNorm(q_norm.kind, *parts, q_norm.eps)
+    u_QHD = head_norm(query_QHD.float(), q_norm) * scale
+    if k_norm is not None:
+        if k_norm.weight is not None:
+            u_QHD = u_QHD * k_norm.weight.float()
+        if k_norm.kind == "layer_norm":
+            u_QHD = u_QHD - u_QHD.mean(-1, keepdim=True)
+        if k_norm.bias is not None:
+            u_QHD = u_QHD + 0.0 * k_norm.bias.float()  # its gradient is zero, not missing
+    return u_QHD
+
+
+@torch.library.custom_op("navit_kernels::pool_tokens", mutates_args=())
+def _pool_tokens(x_TE: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+    from . import kernel_segments
+
+    return kernel_segments.pool_tokens(x_TE, cu_seqlens, mode)
+
+
+@_pool_tokens.register_fake
+def _(x_TE, cu_seqlens, mode):  # type: ignore[no-untyped-def]
+    segments, width = cu_seqlens.shape[0] - 1, x_TE.shape[1]
+    index_SE = x_TE.new_empty(segments if mode == "max" else 0, width, dtype=torch.int32)
+    return x_TE.new_empty(segments, width), index_SE
+
+
+@torch.library.custom_op("navit_kernels::pool_tokens_backward", mutates_args=())
+def _pool_tokens_backward(dout_SE: Tensor, index_SE: Tensor, cu_seqlens: Tensor, tokens: int, mode: str) -> Tensor:
+    from . import kernel_segments
+
+    return kernel_segments.pool_tokens_backward(dout_SE, index_SE, cu_seqlens, tokens, mode)
+
+
+@_pool_tokens_backward.register_fake
+def _(dout_SE, index_SE, cu_seqlens, tokens, mode):  # type: ignore[no-untyped-def]
+    return dout_SE.new_empty(tokens, dout_SE.shape[1])
+
+
+def _pool_tokens_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: tuple[Tensor, Tensor]) -> None:
+    x_TE, cu_seqlens, ctx.mode = inputs
+    ctx.tokens = x_TE.shape[0]
+    ctx.save_for_backward(output[1], cu_seqlens)
+
+
+def _pool_tokens_gradient(ctx: Any, dout_SE: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    return _pool_tokens_backward(dout_SE, *ctx.saved_tensors, ctx.tokens, ctx.mode), None, None
+
+
+_pool_tokens.register_autograd(_pool_tokens_gradient, setup_context=_pool_tokens_context)
+
+
+@torch.library.custom_op("navit_kernels::attention_pool", mutates_args=())
+def _attention_pool(
+    u_QHD: Tensor, k_THD: Tensor, v_THD: Tensor, cu_seqlens: Tensor, norm: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    from . import kernel
+
+    return kernel.attention_pool(u_QHD, k_THD, v_THD, cu_seqlens, norm, eps)
+
+
+@_attention_pool.register_fake
+def _(u_QHD, k_THD, v_THD, cu_seqlens, norm, eps):  # type: ignore[no-untyped-def]
+    shape = (cu_seqlens.shape[0] - 1, *u_QHD.shape)
+    return v_THD.new_empty(shape), v_THD.new_empty(shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("navit_kernels::attention_pool_backward", mutates_args=())
+def _attention_pool_backward(
+    dout_SQHD: Tensor, out_SQHD: Tensor, lse_SQH: Tensor, u_QHD: Tensor, k_THD: Tensor, v_THD: Tensor,
+    cu_seqlens: Tensor, norm: str, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from . import kernel
+
+    return kernel.attention_pool_backward(dout_SQHD, out_SQHD, lse_SQH, u_QHD, k_THD, v_THD, cu_seqlens, norm, eps)
+
+
+@_attention_pool_backward.register_fake
+def _(dout_SQHD, out_SQHD, lse_SQH, u_QHD, k_THD, v_THD, cu_seqlens, norm, eps):  # type: ignore[no-untyped-def]
+    return u_QHD.new_empty(u_QHD.shape), k_THD.new_empty(k_THD.shape), v_THD.new_empty(v_THD.shape)
+
+
+def _attention_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    u_QHD, k_THD, v_THD, cu_seqlens, ctx.norm, ctx.eps = inputs
+    ctx.save_for_backward(*output, u_QHD, k_THD, v_THD, cu_seqlens)
+
+
+def _attention_pool_gradient(ctx: Any, dout_SQHD: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    return *_attention_pool_backward(dout_SQHD, *ctx.saved_tensors, ctx.norm, ctx.eps), None, None, None
+
+
+_attention_pool.register_autograd(_attention_pool_gradient, setup_context=_attention_pool_context)

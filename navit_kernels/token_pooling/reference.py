@@ -44,7 +44,7 @@ def attention_pool(
     k_norm: HeadNorm | None = None,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """Return (S, Q, H, D): varlen_attention where every segment asks the same queries; zeros where there are no keys."""
+    """Return (S, Q, H, D): varlen_attention with the same queries for every segment; zeros where there are no keys."""
     queries, segments = len(query_QHD), len(cu_seqlens) - 1
     q_THD = query_QHD.repeat(segments, 1, 1)
     cu_queries = torch.arange(segments + 1) * queries
