@@ -59,10 +59,9 @@ class NaViTConfig:
             check_option(name, getattr(self, name), options)
         if self.width % self.heads:
             fail("width", f"a multiple of heads = {self.heads}", self.width)
-        if self.positions != "learned" and self.width % (4 if self.combine == "concat" else 2):
-            fail("width", f"even per axis for {self.positions} positions", self.width)
-        if self.combine == "concat" and self.width % 2:
-            fail("width", "even for concatenated positions", self.width)
+        even = (self.combine == "concat") + 1 if self.positions == "learned" else (self.combine == "concat") * 2 + 2
+        if self.width % even:
+            fail("width", f"a multiple of {even} for {self.combine} of {self.positions} positions", self.width)
         if not len(self.mean) == len(self.std) == self.channels:
             fail("mean and std", f"of {self.channels} numbers, one per channel", (self.mean, self.std))
         if not 0 <= self.drop_path < 1:
@@ -84,7 +83,7 @@ class NaViTConfig:
         return self.registers + (self.pool == "cls")
 
     @property
-    def pack_options(self) -> dict[str, int | None]:
+    def pack_options(self) -> dict[str, Any]:
         """What `pack` must know of the model."""
         max_side = self.table_length if self.coordinates == "absolute" else None
         return {"patch_size": self.patch_size, "prefix_tokens": self.prefix_tokens, "max_side": max_side}

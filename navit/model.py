@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -57,8 +57,9 @@ class NaViT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if self.prefix_RE is not None:
-            nn.init.trunc_normal_(self.prefix_RE, std=0.02)
+        for small in (self.prefix_RE, getattr(self.head, "weight", None)):
+            if small is not None:
+                nn.init.trunc_normal_(small, std=0.02)
 
     def forward(
         self, images: PackedImages | Sequence[Any], dense: bool = False
@@ -112,9 +113,12 @@ class NaViT(nn.Module):
             if got != getattr(config, name):
                 fail(f"the pack's {name}", f"the model's, {getattr(config, name)}", got)
         kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
         if packed.patches is not None:
             return packed.patches.to(dtype)
+        if packed.pixels is None:
+            raise ValueError("the pack must hold pixels or patches, got neither")
         keep = KeptPatches(packed.cu_seqlens, packed.coords)
         return patchify(packed.pixels, config.patch_size, config.mean, config.std, keep=keep, dtype=dtype)
 
@@ -133,9 +137,10 @@ class NaViT(nn.Module):
             x_TE = x_TE.new_empty(tokens + count * images, config.width).index_copy(0, patch_places_T, x_TE)
             x_TE = x_TE.index_copy(0, prefix_places, prefix)
         keep = self._keep_scales(images, x_TE.device)
-        following = [block.norm1 for block in self.blocks] + [self.norm]
+        blocks = cast("list[Block]", list(self.blocks))
+        following = [block.norm1 for block in blocks] + [self.norm]
         x_TE, normed_TE = following[0](x_TE)
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(blocks):
             inputs = (x_TE, normed_TE, following[index + 1], cu_seqlens, packed.plan, keep[index])
             if config.checkpointing == "block":
                 x_TE, normed_TE = checkpoint(block, *inputs, use_reentrant=False)
@@ -157,7 +162,7 @@ class NaViT(nn.Module):
     def _pooled(self, x_TE: Tensor, prefix_SRE: Tensor | None, packed: PackedImages) -> Tensor:
         if self.pool is not None:
             return self.pool(x_TE, packed.cu_seqlens)
-        if self.config.pool == "cls":
+        if prefix_SRE is not None and self.config.pool == "cls":
             return prefix_SRE[:, 0]
         return pool_tokens(x_TE, packed.cu_seqlens, self.config.pool)
 
@@ -217,13 +222,18 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.width))
         self.bias = nn.Parameter(torch.zeros(config.width)) if config.bias else None
 
-    def forward(self, x_TE: Tensor, branch_TE: Tensor | None = None, **scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(self, x_TE: Tensor, branch_TE: Tensor | None = None, **scales: Any) -> tuple[Tensor, Tensor]:
         """x + branch, and its norm."""
         return add_norm(x_TE, branch_TE, self.weight, self.bias, kind=self.kind, **scales)
 
 
 class Embedding(nn.Module):
     """Patches to tokens, with where they stand."""
+
+    row_table: Tensor
+    column_table: Tensor
+    row_frequencies: Tensor
+    column_frequencies: Tensor
 
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__()
@@ -289,7 +299,7 @@ class Block(nn.Module):
         keep1_S, keep2_S = (None, None) if keep_2S is None else keep_2S.unbind(0)
         q_THD, k_THD, v_THD = self.qkv(normed_TE).unflatten(1, (3, self.config.heads, -1)).unbind(1)
         out_THD = varlen_attention(q_THD, k_THD, v_THD, cu_seqlens, q_norm=q_norm, k_norm=k_norm, plan=plan)
-        branch_TE = self.proj(out_THD.flatten(1))
+        branch_TE = self.proj(cast(Tensor, out_THD).flatten(1))
         x_TE, normed_TE = self.norm2(
             x_TE, branch_TE, layer_scale_E=self.scale1, keep_scale_S=keep1_S, cu_seqlens=cu_seqlens
         )

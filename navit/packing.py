@@ -90,6 +90,10 @@ class PackedImages:
         return replace(self, **{name: change(part) for name, part in movable.items()})
 
 
+for structure in (PackedImages, PixelBuffer, PackPlan):  # what torch.export needs to take a pack apart
+    torch.export.register_dataclass(structure, serialized_type_name=f"navit.{structure.__name__}")
+
+
 def pack(
     images: Sequence[Tensor],
     token_budget: int | None,
