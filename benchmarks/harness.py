@@ -55,7 +55,17 @@ __all__ = [
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CEILING_KEYS = ("copy_tb_s", "matmul_tflop_s")  # measured anew in every run, so not part of a machine's identity
-UNITS = ("us", "ms", "mib", "gib", "mfu", "_per_s", "by_kind", "timer")  # what a row measured, as opposed to what it is
+UNITS = (
+    "us",
+    "ms",
+    "mib",
+    "gib",
+    "mfu",
+    "_per_s",
+    "by_kind",
+    "timer",
+    "compiled",
+)  # what a row measured, as opposed to what it is
 
 Row = dict[str, Any]
 
@@ -94,6 +104,7 @@ def machine() -> Row:
     }
 
 
+@functools.cache
 def commit() -> str:
     """The commit measured, "+dirty" if tracked files differ; $BENCHMARK_COMMIT where a copy has no .git folder."""
     if stated := os.environ.get("BENCHMARK_COMMIT"):

@@ -103,45 +103,65 @@ def _unpacked(folder: Path) -> Path:
     return target
 
 
+def fa3_forward(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """(out_THD, lse_HT) of the loaded library."""
+    out_THD, lse_HT, *_ = torch.ops.flash_attn_3.fwd(
+        q_THD,
+        k_THD,
+        v_THD,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=q_THD.shape[-1] ** -0.5,
+    )
+    return out_THD, lse_HT
+
+
+def fa3_backward(
+    dout_THD: Tensor,
+    q_THD: Tensor,
+    k_THD: Tensor,
+    v_THD: Tensor,
+    out_THD: Tensor,
+    lse_HT: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+) -> Tensor:
+    """The three gradients as one (T, 3, H, D) tensor."""
+    tokens, heads, width = q_THD.shape
+    dqkv_T3HD = q_THD.new_empty(tokens, 3, heads, width)
+    dq_THD, dk_THD, dv_THD = dqkv_T3HD.unbind(1)
+    torch.ops.flash_attn_3.bwd(
+        dout_THD,
+        q_THD,
+        k_THD,
+        v_THD,
+        out_THD,
+        lse_HT,
+        dq=dq_THD,
+        dk=dk_THD,
+        dv=dv_THD,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+        softmax_scale=width**-0.5,
+    )
+    return dqkv_T3HD
+
+
 class _Fa3Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        out_THD, lse_HT, *_ = torch.ops.flash_attn_3.fwd(
-            q_THD,
-            k_THD,
-            v_THD,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_k=longest,
-            softmax_scale=q_THD.shape[-1] ** -0.5,
-        )
+        out_THD, lse_HT = fa3_forward(q_THD, k_THD, v_THD, cu_seqlens, longest)
         ctx.save_for_backward(q_THD, k_THD, v_THD, out_THD, lse_HT, cu_seqlens)
         ctx.longest = longest
         return out_THD
 
     @staticmethod
     def backward(ctx: Any, dout_THD: Tensor) -> tuple[Tensor | None, ...]:
-        q_THD, k_THD, v_THD, out_THD, lse_HT, cu_seqlens = ctx.saved_tensors
-        tokens, heads, width = q_THD.shape
-        dq_THD, dk_THD, dv_THD = q_THD.new_empty(tokens, 3, heads, width).unbind(1)
-        torch.ops.flash_attn_3.bwd(
-            dout_THD,
-            q_THD,
-            k_THD,
-            v_THD,
-            out_THD,
-            lse_HT,
-            dq=dq_THD,
-            dk=dk_THD,
-            dv=dv_THD,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=ctx.longest,
-            max_seqlen_k=ctx.longest,
-            softmax_scale=width**-0.5,
-        )
-        return dq_THD, dk_THD, dv_THD, None, None
+        return *fa3_backward(dout_THD, *ctx.saved_tensors, ctx.longest).unbind(1), None, None
 
 
 # Python packages

@@ -12,8 +12,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import attention_cases  # noqa: E402
+import bench_model  # noqa: E402
 import bench_self_attention  # noqa: E402
 import harness  # noqa: E402
+import model_baselines  # noqa: E402
+import peers  # noqa: E402
 import report_self_attention  # noqa: E402
 import timing  # noqa: E402
 from attention_cases import Case  # noqa: E402
@@ -194,6 +197,77 @@ def test_committed_h100_attention_results_hold_every_required_peer():
     if not path.exists():
         pytest.skip("none committed yet")
     assert report_self_attention.missing(json.loads(path.read_text())["rows"]) == []
+
+
+# Whole models
+
+
+def test_smoke_run_of_models_writes_every_field(tmp_path):
+    path = tmp_path / "model.json"
+    bench_model.main(["--smoke", "--contenders", "navit,straw_sdpa_loop", "--out", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    held = {(row["contender"], row["direction"]) for row in rows}
+    assert held == {(name, way) for name in ("navit", "straw_sdpa_loop") for way in bench_model.DIRECTIONS}
+    fields = {"case", "ms", "images_per_s", "tokens_per_s", "mfu", "peak_gib", "time_by_kind"}
+    assert all(fields <= set(row) for row in rows)
+
+
+def test_no_model_is_timed_when_the_baseline_computes_something_else(monkeypatch, tmp_path):
+    monkeypatch.setattr(model_baselines, "_unit", lambda x, weight=None: x if weight is None else x * weight)
+    with pytest.raises(SystemExit, match="straw_sdpa_loop"):
+        bench_model.main(["--smoke", "--contenders", "straw_sdpa_loop", "--out", str(tmp_path / "model.json")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_model_work_is_counted_as_published():
+    config = bench_model.NaViTConfig.preset("B/16")
+    work = bench_model.Workload("B/16 pt", config, [100, 50], None, [], None)
+    linear = 12 * 12 * 768**2 + 3 * 256 * 768 + 2 * 768**2
+    assert work.flops("train") == 6 * linear * 150 + 12 * 12 * 768 * (100**2 + 50**2)
+    assert work.flops("forward") == pytest.approx(work.flops("train") / 3)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...>>>", "attention"),
+        ("pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"),
+        ("backward_resident", "attention"),
+        ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NTT", "gemm"),
+        ("triton_poi_fused__flash_attention_forward_gelu_mm_3", "norm+elementwise"),
+        ("triton_tem_fused_mm_7", "gemm"),
+        ("indexing_backward_kernel_small_stride", "other"),
+    ],
+)
+def test_kernels_are_sorted_by_kind(kernel, kind):
+    assert bench_model.kind_of(kernel) == kind
+
+
+def test_fa3_op_keeps_one_graph_and_its_gradients(monkeypatch):
+    lengths = [5, 1, 9]
+    pack = peers.Pack(lengths, attention_cases.cu_seqlens_of(lengths))
+    plain = peers.load("sdpa_loop").prepare(pack)
+
+    def forward(q, k, v, cu_seqlens, longest):
+        assert (cu_seqlens.tolist(), longest) == ([0, 5, 6, 15], 9)
+        return plain(q, k, v), q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32)
+
+    def backward(dout, q, k, v, out, lse, cu_seqlens, longest):
+        image_T = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+        other = image_T[:, None] != image_T
+        q, k, v, dout = (x.transpose(0, 1) for x in (q, k, v, dout))
+        weights = (q @ k.mT * 8**-0.5).masked_fill(other, -math.inf).softmax(-1)
+        dweights = dout @ v.mT
+        dscores = weights * (dweights - (weights * dweights).sum(-1, keepdim=True)) * 8**-0.5
+        return torch.stack([part.transpose(0, 1) for part in (dscores @ k, dscores.mT @ q, weights.mT @ dout)], 1)
+
+    monkeypatch.setattr(peers, "fa3_forward", forward)
+    monkeypatch.setattr(peers, "fa3_backward", backward)
+    compiled = torch.compile(model_baselines._fa3_for_compile(pack), backend="aot_eager", fullgraph=True)
+    q, k, v = (torch.randn(15, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    gradients = [torch.autograd.grad(run(q, k, v).square().sum(), (q, k, v)) for run in (compiled, plain)]
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.gpu
