@@ -9,6 +9,7 @@ from torch import Tensor
 from ._checks import check_option, check_same, fail
 
 KINDS = ("layer_norm", "rms_norm", "l2")
+NORM_CODES = {kind: code for code, kind in enumerate((None, *KINDS))}  # as the kernels know them
 
 
 @dataclass(frozen=True)

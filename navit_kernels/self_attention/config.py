@@ -1,0 +1,75 @@
+"""The launch table: how each class of segment lengths is run, by architecture, head width and dtype.
+
+`choose_config` is pure. Every row carries what was measured for it, or says that it is untuned. The search that fills
+the table is benchmarks/search_self_attention.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..plan import CLASS_LIMITS, CLASSES, TILE
+
+SUPPORTED_HEAD_DIMS = range(16, 129, 8)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's compile-time choices. block_m: query rows; block_n: key rows; stages: of the loop's loads."""
+
+    kernel: str  # "tile", "resident" (backward only) or "stream"
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    registers: int | None = None  # a cap per thread, for more programs per multiprocessor
+    measured: str = "untuned"
+
+
+@dataclass(frozen=True)
+class ClassConfig:
+    """All launches of one class. keys and queries are the two halves of a streamed backward."""
+
+    forward: Launch
+    backward: Launch  # for "stream": the programs that own keys
+    queries: Launch | None = None  # for "stream": the programs that own queries
+    normalize_keys: bool = False  # stream: normalize key tiles in registers instead of scaling score columns
+    fixed_max: bool = True  # stream: take the fixed maximum where the bound allows it
+
+
+def rows_of_class(index: int) -> int:
+    """Rows of a work item of a class: its length limit, or TILE in the last class."""
+    return CLASS_LIMITS[index] if index < CLASSES - 1 else TILE
+
+
+def split_head_dim(head_dim: int) -> tuple[int, int]:
+    """(D1, D2): the widths of the column parts of a tile; see steps.py."""
+    first = 1 << (head_dim.bit_length() - 1)
+    rest = head_dim - first
+    return first, 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
+
+
+def choose_config(arch: int, head_dim: int, class_index: int, dtype_bits: int) -> ClassConfig:
+    """The launches of a class. arch: compute capability × 10 (90 for an H100); 0 for anything that is not CUDA.
+
+    dtype_bits: 16, or 32 for true float32, which is correct everywhere and tuned nowhere.
+    """
+    rows = rows_of_class(class_index)
+    wide = head_dim > 64
+    if dtype_bits == 32:
+        block = min(32, rows)
+        launch = Launch("stream", block, 16 if wide else 32, 4, 1)
+        return ClassConfig(launch, launch, launch, normalize_keys=True)
+    if class_index == 0:
+        return ClassConfig(Launch("tile", 32, 32, 2, 1), Launch("tile", 32, 32, 2, 1))
+    if class_index == 1:
+        return ClassConfig(Launch("tile", 64, 64, 4, 1), Launch("tile", 64, 64, 4 if not wide else 8, 1))
+    if class_index == 2:
+        return ClassConfig(Launch("stream", 128, 32, 4, 2), Launch("resident", 128, 32, 8, 1), normalize_keys=True)
+    if class_index == 3:
+        return ClassConfig(Launch("stream", 128, 64, 8, 2), Launch("resident", 256, 32, 8, 1), normalize_keys=True)
+    return ClassConfig(
+        Launch("stream", 128, 64, 8 if wide else 4, 3),
+        Launch("stream", 64, 128, 8, 2),
+        Launch("stream", 128, 64, 8, 2),
+    )

@@ -1,0 +1,414 @@
+"""Varlen attention, backward: the kernels. The maths stands in kernel.py.
+
+Three ways, by the segment's length. Each gradient element has one writer, so results repeat bit by bit:
+
+- backward_tile: a program owns one head of a whole segment. P is computed anew, Δ = rowsum(P ⊙ dP): reads neither O nor
+  lse. Five products.
+- backward_resident: the same ownership, but keys stream by while the query rows stay: dk and dv of a key tile are
+  complete when it leaves, du stays in registers. Five products.
+- backward_prepare, backward_keys, backward_queries for long segments: u into dq's memory and Δ; then programs that own
+  keys (dk, dv); then programs that own queries (dq over u). Seven products.
+
+Gradients of γq, βq, γk are summed by program into `partials` (N, SPLITS, H, 3, D), then by sum_partials in a fixed order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernel import folded_query, load_item, load_weights, normalized_keys, work_range
+from .steps import (
+    LAYER_NORM,
+    NONE,
+    cast,
+    dot_rows,
+    dot_values,
+    load_rows,
+    query_gradient,
+    row_dot,
+    scale_rows,
+    store_rows,
+    store_vector,
+    unit_rows,
+    unit_rows_backward,
+    zeros,
+)
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def store_query_gradient(
+    du, q_ptr, dq_ptr, partials_ptr, partial, h, first_row, offs, mask, q_stride_t, dq_stride_t,
+    q_weight, q_bias, k_weight, q_eps, softmax_scale, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, Q_NORM: tl.constexpr, CENTRE: tl.constexpr, WEIGHT_GRADS: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of every program that owns query rows. q is loaded again: keeping it costs registers in the loop."""
+    q = load_rows(q_ptr, first_row, offs, q_stride_t, mask, D, D1, D2)
+    q_hat, r = unit_rows(q, q_eps, Q_NORM, D, D1, D2)
+    dq, d_q_weight, d_q_bias, d_k_weight = query_gradient(
+        du, q_hat, r, q_weight, q_bias, k_weight, q_eps, softmax_scale, Q_NORM, CENTRE, D, D1, D2
+    )
+    store_rows(dq_ptr, first_row, offs, dq_stride_t, mask, dq, D, D1, D2)
+    if WEIGHT_GRADS:
+        base = partials_ptr + (partial.to(tl.int64) * H + h) * (3 * D)
+        store_vector(base, d_q_weight, D, D1, D2)
+        store_vector(base + D, d_q_bias, D, D1, D2)
+        store_vector(base + 2 * D, d_k_weight, D, D1, D2)
+
+
+@triton.jit
+def store_key_gradient(
+    g, k_ptr, dk_ptr, first_row, offs, mask, k_stride_t, dk_stride_t, k_eps, key_factor,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr,
+):  # fmt: skip
+    """dk of Gᵀu: the factor that u lacks or has too much, and the norm's backward, from K loaded again."""
+    k = load_rows(k_ptr, first_row, offs, k_stride_t, mask, D, D1, D2)
+    k_hat, r = unit_rows(k, k_eps, K_NORM, D, D1, D2)
+    factor = tl.full([k[0].shape[0]], 1.0, tl.float32) * key_factor
+    dk = unit_rows_backward(scale_rows(g, factor), k_hat, r, k_eps, K_NORM, D, D1, D2)
+    store_rows(dk_ptr, first_row, offs, dk_stride_t, mask, dk, D, D1, D2)
+
+
+@triton.jit(do_not_specialize=["first_item"])
+def backward_tile(
+    q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
+    items_ptr, offsets_ptr, first_item, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    dout_stride_t, dout_stride_h, dq_stride_t, dk_stride_t, dv_stride_t,
+    q_weight_stride, q_bias_stride, k_weight_stride, q_eps, k_eps, fold_scale, score_scale, softmax_scale, key_factor,
+    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+    Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
+    WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    first, count = work_range(offsets_ptr, first_item, H, CLASS, ON_DEVICE)
+    work = tl.program_id(0)
+    if ON_DEVICE and work >= count:
+        return
+    h = work % H
+    item = first + work // H
+    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, item)
+    offs = tl.arange(0, BLOCK)
+    mask_q = offs < q_length
+    mask_k = offs < k_length
+    q_base = q_ptr + h * q_stride_h
+    k_base = k_ptr + h * k_stride_h
+    k = load_rows(k_base, k_start, offs, k_stride_t, mask_k, D, D1, D2)
+    q = load_rows(q_base, q_start, offs, q_stride_t, mask_q, D, D1, D2)
+    v = load_rows(v_ptr + h * v_stride_h, k_start, offs, v_stride_t, mask_k, D, D1, D2)
+    dout = load_rows(dout_ptr + h * dout_stride_h, q_start, offs, dout_stride_t, mask_q, D, D1, D2)
+    q_weight, q_bias, k_weight = load_weights(
+        q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
+        Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
+    )  # fmt: skip
+
+    k_hat = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
+    u = folded_query(q, q_weight, q_bias, k_weight, q_eps, fold_scale, Q_NORM, False, FOLD, D, D1, D2)
+    s = dot_rows(u, k_hat, PRECISION)  # [BLOCK queries, BLOCK keys]
+    if not FOLD:
+        s *= score_scale
+    s = tl.where(mask_k[None, :], s, -float("inf"))
+    p = tl.exp2(s - tl.where(k_length > 0, tl.max(s, 1), 0.0)[:, None])
+    l = tl.sum(p, 1)
+    p = p * tl.where(l == 0, 0.0, 1.0 / l)[:, None]
+    dv = dot_values(tl.trans(p.to(dout[0].dtype)), dout, zeros(BLOCK, D1, D2), PRECISION)
+    store_rows(dv_ptr + h * D, k_start, offs, dv_stride_t, mask_k, dv, D, D1, D2)
+
+    dp = dot_rows(dout, v, PRECISION)
+    g = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(u[0].dtype)
+    a = dot_values(tl.trans(g), u, zeros(BLOCK, D1, D2), PRECISION)
+    store_key_gradient(
+        a, k_base, dk_ptr + h * D, k_start, offs, mask_k, k_stride_t, dk_stride_t, k_eps, key_factor,
+        D, D1, D2, K_NORM,
+    )  # fmt: skip
+    du = dot_values(g, k_hat, zeros(BLOCK, D1, D2), PRECISION)
+    store_query_gradient(
+        du, q_base, dq_ptr + h * D, partials_ptr, item * SPLITS, h, q_start, offs, mask_q, q_stride_t, dq_stride_t,
+        q_weight, q_bias, k_weight, q_eps, softmax_scale, H, D, D1, D2, Q_NORM, False, WEIGHT_GRADS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first_item", "tokens"])
+def backward_resident(
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, partials_ptr,
+    q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr, first_item,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+    dout_stride_t, dout_stride_h, dq_stride_t, dk_stride_t, dv_stride_t, q_weight_stride, q_bias_stride,
+    k_weight_stride, tokens, q_eps, k_eps, fold_scale, score_scale, softmax_scale, key_factor,
+    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+    Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
+    WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    first, count = work_range(offsets_ptr, first_item, H, CLASS, ON_DEVICE)
+    work = tl.program_id(0)
+    if ON_DEVICE and work >= count:
+        return
+    h = work % H
+    item = first + work // H
+    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, item)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_m = offs_m < q_length
+    q_base = q_ptr + h * q_stride_h
+    k_base = k_ptr + h * k_stride_h
+    q = load_rows(q_base, q_start, offs_m, q_stride_t, mask_m, D, D1, D2)
+    dout = load_rows(dout_ptr + h * dout_stride_h, q_start, offs_m, dout_stride_t, mask_m, D, D1, D2)
+    out = load_rows(out_ptr + h * D, q_start, offs_m, H * D, mask_m, D, D1, D2)
+    lse = tl.load(lse_ptr + h.to(tl.int64) * tokens + q_start + offs_m, mask=mask_m, other=float("inf"))
+    q_weight, q_bias, k_weight = load_weights(
+        q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
+        Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
+    )  # fmt: skip
+    delta = row_dot(cast(out, tl.float32), cast(dout, tl.float32))
+    u = folded_query(q, q_weight, q_bias, k_weight, q_eps, fold_scale, Q_NORM, False, FOLD, D, D1, D2)
+
+    du = zeros(BLOCK_M, D1, D2)
+    for n0 in range(0, k_length, BLOCK_N):
+        offs_n = tl.arange(0, BLOCK_N)
+        mask_n = n0 + offs_n < k_length
+        first_key = k_start + n0
+        k = load_rows(k_base, first_key, offs_n, k_stride_t, mask_n, D, D1, D2)
+        v = load_rows(v_ptr + h * v_stride_h, first_key, offs_n, v_stride_t, mask_n, D, D1, D2)
+        k_hat = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
+        s = dot_rows(u, k_hat, PRECISION)  # [BLOCK_M, BLOCK_N]
+        if not FOLD:
+            s *= score_scale
+        p = tl.where(mask_n[None, :], tl.exp2(s - lse[:, None]), 0.0)
+        dv = dot_values(tl.trans(p.to(dout[0].dtype)), dout, zeros(BLOCK_N, D1, D2), PRECISION)
+        store_rows(dv_ptr + h * D, first_key, offs_n, dv_stride_t, mask_n, dv, D, D1, D2)
+        dp = dot_rows(dout, v, PRECISION)
+        g = (p * (dp - delta[:, None])).to(u[0].dtype)
+        a = dot_values(tl.trans(g), u, zeros(BLOCK_N, D1, D2), PRECISION)
+        store_key_gradient(
+            a, k_base, dk_ptr + h * D, first_key, offs_n, mask_n, k_stride_t, dk_stride_t, k_eps, key_factor,
+            D, D1, D2, K_NORM,
+        )  # fmt: skip
+        du = dot_values(g, k_hat, du, PRECISION)
+    store_query_gradient(
+        du, q_base, dq_ptr + h * D, partials_ptr, item * SPLITS, h, q_start, offs_m, mask_m, q_stride_t,
+        dq_stride_t, q_weight, q_bias, k_weight, q_eps, softmax_scale, H, D, D1, D2, Q_NORM, False, WEIGHT_GRADS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first_item", "tokens"])
+def backward_prepare(
+    q_ptr, out_ptr, dout_ptr, dq_ptr, delta_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr,
+    first_item, q_stride_t, q_stride_h, dout_stride_t, dout_stride_h, dq_stride_t,
+    q_weight_stride, q_bias_stride, k_weight_stride, tokens, q_eps, fold_scale,
+    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, CENTRE: tl.constexpr,
+    Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
+    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """u into dq's memory, which is free until backward_queries writes dq there; Δ into delta, float32 (H, T)."""
+    SPLIT: tl.constexpr = ROWS // BLOCK
+    first, count = work_range(offsets_ptr, first_item, H * SPLIT, CLASS, ON_DEVICE)
+    work = tl.program_id(0)
+    if ON_DEVICE and work >= count:
+        return
+    h = work % H
+    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // (H * SPLIT))
+    row = tile * ROWS + work // H % SPLIT * BLOCK
+    offs = tl.arange(0, BLOCK)
+    mask = row + offs < q_length
+    q = load_rows(q_ptr + h * q_stride_h, q_start + row, offs, q_stride_t, mask, D, D1, D2)
+    out = load_rows(out_ptr + h * D, q_start + row, offs, H * D, mask, D, D1, D2)
+    dout = load_rows(dout_ptr + h * dout_stride_h, q_start + row, offs, dout_stride_t, mask, D, D1, D2)
+    q_weight, q_bias, k_weight = load_weights(
+        q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
+        Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
+    )  # fmt: skip
+    u = folded_query(q, q_weight, q_bias, k_weight, q_eps, fold_scale, Q_NORM, CENTRE, FOLD, D, D1, D2)
+    store_rows(dq_ptr + h * D, q_start + row, offs, dq_stride_t, mask, u, D, D1, D2)
+    delta = row_dot(cast(out, tl.float32), cast(dout, tl.float32))
+    tl.store(delta_ptr + h.to(tl.int64) * tokens + q_start + row + offs, delta, mask=mask)
+
+
+@triton.jit
+def keys_step(
+    dv, a, k, r, v, u_ptr, dout_ptr, lse_ptr, delta_ptr, first_query, m0, q_length, u_stride_t, dout_stride_t,
+    score_scale, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, FOLD: tl.constexpr, SCALE_ROWS: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries passes a tile of keys. Scores stand transposed: r_j lies along rows."""
+    offs = tl.arange(0, BLOCK_M)
+    mask = m0 + offs < q_length if MASKED else tl.full([BLOCK_M], True, tl.int1)
+    u = load_rows(u_ptr, first_query + m0, offs, u_stride_t, mask, D, D1, D2)
+    dout = load_rows(dout_ptr, first_query + m0, offs, dout_stride_t, mask, D, D1, D2)
+    lse = tl.load(lse_ptr + first_query + m0 + offs, mask=mask, other=float("inf"))
+    delta = tl.load(delta_ptr + first_query + m0 + offs, mask=mask, other=0.0)
+    s = dot_rows(k, u, PRECISION)  # [BLOCK_N, BLOCK_M]
+    if SCALE_ROWS:
+        s *= r[:, None]
+    if not FOLD:
+        s *= score_scale
+    p = tl.exp2(s - lse[None, :])
+    dv = dot_values(p.to(dout[0].dtype), dout, dv, PRECISION)
+    dp = dot_rows(v, dout, PRECISION)
+    g = p * (dp - delta[None, :])
+    a = dot_values(g.to(u[0].dtype), u, a, PRECISION)
+    return dv, a
+
+
+@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
+def backward_keys(
+    k_ptr, v_ptr, u_ptr, dout_ptr, lse_ptr, delta_ptr, r_ptr, dk_ptr, dv_ptr, items_ptr, offsets_ptr, first_item,
+    k_stride_t, k_stride_h, v_stride_t, v_stride_h, u_stride_t, dout_stride_t, dout_stride_h, dk_stride_t, dv_stride_t,
+    tokens, tokens_k, k_eps, score_scale, key_factor,
+    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr, FOLD: tl.constexpr,
+    PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NORMALIZE_KEYS: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_N keys of an item's ROWS; queries stream by in tiles of BLOCK_M."""
+    SPLIT: tl.constexpr = ROWS // BLOCK_N
+    SCALE_ROWS: tl.constexpr = K_NORM != NONE and not NORMALIZE_KEYS
+    first, count = work_range(offsets_ptr, first_item, H * SPLIT, CLASS, ON_DEVICE)
+    work = tl.program_id(0)
+    if ON_DEVICE and work >= count:
+        return
+    h = work % H
+    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // (H * SPLIT))
+    row = tile * ROWS + work // H % SPLIT * BLOCK_N
+    offs = tl.arange(0, BLOCK_N)
+    mask = row + offs < k_length
+    q_length = tl.where(row < k_length, q_length, 0)
+    first_key = k_start + row
+    k_base = k_ptr + h * k_stride_h
+    k = load_rows(k_base, first_key, offs, k_stride_t, mask, D, D1, D2)
+    v = load_rows(v_ptr + h * v_stride_h, first_key, offs, v_stride_t, mask, D, D1, D2)
+    if NORMALIZE_KEYS:
+        k = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
+    if SCALE_ROWS:
+        r = tl.load(r_ptr + h.to(tl.int64) * tokens_k + first_key + offs, mask=mask, other=0.0)
+    else:
+        r = tl.full([BLOCK_N], 1.0, tl.float32)
+    u_base = u_ptr + h * D
+    dout_base = dout_ptr + h * dout_stride_h
+    lse_base = lse_ptr + h.to(tl.int64) * tokens
+    delta_base = delta_ptr + h.to(tl.int64) * tokens
+    dv = zeros(BLOCK_N, D1, D2)
+    a = zeros(BLOCK_N, D1, D2)
+    whole = q_length // BLOCK_M * BLOCK_M
+    for m0 in range(0, whole, BLOCK_M):
+        dv, a = keys_step(
+            dv, a, k, r, v, u_base, dout_base, lse_base, delta_base, q_start, m0, q_length, u_stride_t,
+            dout_stride_t, score_scale, D, D1, D2, FOLD, SCALE_ROWS, False, BLOCK_M, PRECISION,
+        )  # fmt: skip
+    if whole < q_length:
+        dv, a = keys_step(
+            dv, a, k, r, v, u_base, dout_base, lse_base, delta_base, q_start, whole, q_length, u_stride_t,
+            dout_stride_t, score_scale, D, D1, D2, FOLD, SCALE_ROWS, True, BLOCK_M, PRECISION,
+        )  # fmt: skip
+    store_rows(dv_ptr + h * D, first_key, offs, dv_stride_t, mask, dv, D, D1, D2)
+    store_key_gradient(
+        a, k_base, dk_ptr + h * D, first_key, offs, mask, k_stride_t, dk_stride_t, k_eps, key_factor,
+        D, D1, D2, K_NORM,
+    )  # fmt: skip
+
+
+@triton.jit
+def queries_step(
+    du, u, dout, lse, delta, k_ptr, v_ptr, r_ptr, first_key, n0, k_length, k_stride_t, v_stride_t, k_eps, score_scale,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr, FOLD: tl.constexpr,
+    NORMALIZE_KEYS: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys passes a tile of queries."""
+    offs = tl.arange(0, BLOCK_N)
+    mask = n0 + offs < k_length if MASKED else tl.full([BLOCK_N], True, tl.int1)
+    k = load_rows(k_ptr, first_key + n0, offs, k_stride_t, mask, D, D1, D2)
+    v = load_rows(v_ptr, first_key + n0, offs, v_stride_t, mask, D, D1, D2)
+    if NORMALIZE_KEYS:
+        k = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
+    s = dot_rows(u, k, PRECISION)  # [BLOCK_M, BLOCK_N]
+    SCALE_COLUMNS: tl.constexpr = K_NORM != NONE and not NORMALIZE_KEYS
+    if SCALE_COLUMNS:
+        r = tl.load(r_ptr + first_key + n0 + offs, mask=mask, other=0.0)
+        s *= r[None, :]
+    if not FOLD:
+        s *= score_scale
+    p = tl.exp2(s - lse[:, None])
+    if MASKED:
+        p = tl.where(mask[None, :], p, 0.0)
+    dp = dot_rows(dout, v, PRECISION)
+    g = p * (dp - delta[:, None])
+    if SCALE_COLUMNS:
+        g *= r[None, :]
+    return dot_values(g.to(k[0].dtype), k, du, PRECISION)
+
+
+@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
+def backward_queries(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, r_ptr, dq_ptr, partials_ptr,
+    q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr, first_item,
+    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, dout_stride_t, dout_stride_h, dq_stride_t,
+    q_weight_stride, q_bias_stride, k_weight_stride, tokens, tokens_k, q_eps, k_eps, score_scale, softmax_scale,
+    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+    Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
+    WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NORMALIZE_KEYS: tl.constexpr,
+):  # fmt: skip
+    """A program owns BLOCK_M queries of an item's ROWS; keys stream by in tiles of BLOCK_N. dq_ptr holds u at first."""
+    SPLIT: tl.constexpr = ROWS // BLOCK_M
+    CENTRE: tl.constexpr = K_NORM == LAYER_NORM and not NORMALIZE_KEYS
+    first, count = work_range(offsets_ptr, first_item, H * SPLIT, CLASS, ON_DEVICE)
+    work = tl.program_id(0)
+    if ON_DEVICE and work >= count:
+        return
+    h = work % H
+    item = first + work // (H * SPLIT)
+    part = work // H % SPLIT
+    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, item)
+    row = tile * ROWS + part * BLOCK_M
+    offs = tl.arange(0, BLOCK_M)
+    mask = row + offs < q_length
+    k_length = tl.where(row < q_length, k_length, 0)
+    first_row = q_start + row
+    dq_base = dq_ptr + h * D
+    u = load_rows(dq_base, first_row, offs, dq_stride_t, mask, D, D1, D2)
+    dout = load_rows(dout_ptr + h * dout_stride_h, first_row, offs, dout_stride_t, mask, D, D1, D2)
+    lse = tl.load(lse_ptr + h.to(tl.int64) * tokens + first_row + offs, mask=mask, other=float("inf"))
+    delta = tl.load(delta_ptr + h.to(tl.int64) * tokens + first_row + offs, mask=mask, other=0.0)
+    k_base = k_ptr + h * k_stride_h
+    v_base = v_ptr + h * v_stride_h
+    r_base = r_ptr + h.to(tl.int64) * tokens_k
+    du = zeros(BLOCK_M, D1, D2)
+    whole = k_length // BLOCK_N * BLOCK_N
+    for n0 in range(0, whole, BLOCK_N):
+        du = queries_step(
+            du, u, dout, lse, delta, k_base, v_base, r_base, k_start, n0, k_length, k_stride_t, v_stride_t, k_eps,
+            score_scale, D, D1, D2, K_NORM, FOLD, NORMALIZE_KEYS, False, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    if whole < k_length:
+        du = queries_step(
+            du, u, dout, lse, delta, k_base, v_base, r_base, k_start, whole, k_length, k_stride_t, v_stride_t, k_eps,
+            score_scale, D, D1, D2, K_NORM, FOLD, NORMALIZE_KEYS, True, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    q_weight, q_bias, k_weight = load_weights(
+        q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
+        Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
+    )  # fmt: skip
+    store_query_gradient(
+        du, q_ptr + h * q_stride_h, dq_base, partials_ptr, item * SPLITS + part, h, first_row, offs, mask,
+        q_stride_t, dq_stride_t, q_weight, q_bias, k_weight, q_eps, softmax_scale, H, D, D1, D2, Q_NORM, CENTRE,
+        WEIGHT_GRADS,
+    )  # fmt: skip
+
+
+@triton.jit
+def sum_partials(
+    partials_ptr, sums_ptr, offsets_ptr, H: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+    CLASSES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Sum CHUNK rows of partials (rows, H, WIDTH) in order; rows past the plan's last item don't count."""
+    chunk = tl.program_id(0)
+    h = tl.program_id(1)
+    rows = tl.load(offsets_ptr + CLASSES) * SPLITS
+    cols = tl.arange(0, BLOCK_W)
+    total = tl.zeros([BLOCK_W], tl.float32)
+    for i in range(0, CHUNK, BLOCK):
+        offs = chunk * CHUNK + i + tl.arange(0, BLOCK)
+        mask = (offs < rows)[:, None] & (cols < WIDTH)[None, :]
+        ptrs = partials_ptr + (offs.to(tl.int64) * H + h)[:, None] * WIDTH + cols[None, :]
+        total += tl.sum(tl.load(ptrs, mask=mask, other=0.0), 0)
+    tl.store(sums_ptr + (chunk.to(tl.int64) * H + h) * WIDTH + cols, total, mask=cols < WIDTH)

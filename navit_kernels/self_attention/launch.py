@@ -1,0 +1,257 @@
+"""Launchers: from tensors to kernels. T tokens, H heads, D head width, S segments."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ..head_norm import NORM_CODES
+from ..plan import CLASS_LIMITS, CLASSES, ITEM_FIELDS, TILE, max_items
+from . import kernel, kernel_backward
+from .config import ClassConfig, Launch, choose_config, rows_of_class, split_head_dim
+
+
+
+PREPARE_ROWS = 32  # of a program of backward_prepare, which only streams rows
+
+
+@dataclass(frozen=True)
+class Norms:
+    """The norms of a call, taken apart: tensors may be None, kinds are NORM_CODES."""
+
+    q_kind: int
+    q_weight: Tensor | None
+    q_bias: Tensor | None
+    q_eps: float
+    k_kind: int
+    k_weight: Tensor | None
+    k_eps: float
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """arch as choose_config takes it."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
+def plan_on_device(cu_seqlens: Tensor, cu_seqlens_k: Tensor, tokens: int, tokens_k: int) -> tuple[Tensor, Tensor]:
+    """(items, offsets) as in PackPlan from cu_seqlens alone, without a wait for the device.
+
+    Starts and ends outside the tensors are clamped to them: wrong cu_seqlens give wrong numbers, never a wrong address.
+    """
+    segments = cu_seqlens.shape[0] - 1
+    sides = tokens if cu_seqlens_k is cu_seqlens else tokens + tokens_k
+    items = torch.empty(max_items(sides, segments), ITEM_FIELDS, dtype=torch.int32, device=cu_seqlens.device)
+    offsets = torch.empty(CLASSES + 1, dtype=torch.int32, device=cu_seqlens.device)
+    kernel.write_plan[(CLASSES,)](
+        cu_seqlens, cu_seqlens_k, items, offsets, segments, tokens, tokens_k, items.shape[0],
+        LIMITS=CLASS_LIMITS, CLASSES=CLASSES, TILE=TILE, BLOCK=512, num_warps=4,
+    )  # fmt: skip
+    return items, offsets
+
+
+def compile_options(launch: Launch) -> dict:
+    options = dict(num_warps=launch.warps, num_stages=launch.stages)
+    return options if launch.registers is None else options | dict(maxnreg=launch.registers)
+
+
+class Launcher:
+    """What the kernels of one call have in common: shapes, strides, weights, work."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, norms: Norms, softmax_scale: float, items: Tensor, offsets: Tensor,
+        offsets_host: Tensor | None, cross: bool = False,
+    ) -> None:  # fmt: skip
+        self.q, self.k, self.v, self.norms, self.softmax_scale = q, k, v, norms, softmax_scale
+        self.items, self.offsets = items, offsets
+        self.heads, self.width = q.shape[1:]
+        first, second = split_head_dim(self.width)
+        self.arch = architecture(q.device)
+        self.bits = q.element_size() * 8
+        self.fold = norms.q_kind != 0 or any(w is not None for w in (norms.q_weight, norms.q_bias, norms.k_weight))
+        self.fold_scale = softmax_scale * math.log2(math.e)
+        self.score_scale = 1.0 if self.fold else self.fold_scale
+        self.key_factor = math.log(2) if self.fold else softmax_scale
+        self.shape = dict(H=self.heads, D=self.width, D1=first, D2=second)
+        self.tokens = q.shape[0] + (k.shape[0] if cross else 0)  # at least the sum of each segment's longer side
+        self.on_device = offsets_host is None
+        self.ends = None if offsets_host is None else offsets_host.tolist()
+
+    def config(self, index: int) -> ClassConfig:
+        return choose_config(self.arch, self.width, index, self.bits)
+
+    def classes(self) -> list[int]:
+        """The classes that may hold work, the longest segments first."""
+        return [c for c in reversed(range(CLASSES)) if self.on_device or self.ends[c + 1] > self.ends[c]]
+
+    def grid(self, index: int, splits: int = 1) -> tuple[int]:
+        count = self.most_items(index) if self.on_device else self.ends[index + 1] - self.ends[index]
+        return (count * self.heads * splits,)
+
+    def most_items(self, index: int) -> int:
+        """A bound on a class's items from shapes alone; the programs beyond its true count end at once."""
+        shortest = CLASS_LIMITS[index - 1] + 1 if index else 1
+        segments = self.tokens // shortest
+        if index == CLASSES - 1:
+            segments += self.tokens // TILE
+        return min(segments, self.items.shape[0])
+
+    def work(self, index: int) -> dict:
+        """The arguments that say which items a launch works on."""
+        first = 0 if self.on_device else self.ends[index]
+        return dict(
+            items_ptr=self.items, offsets_ptr=self.offsets, first_item=first, CLASS=index, ON_DEVICE=self.on_device
+        )
+
+    def rows(self, **tensors: Tensor) -> dict:
+        """Pointer and strides of (T, H, D) tensors: q=q gives q_ptr, q_stride_t, q_stride_h."""
+        args: dict = {}
+        for name, tensor in tensors.items():
+            args[f"{name}_ptr"] = tensor
+            args[f"{name}_stride_t"], args[f"{name}_stride_h"] = tensor.stride(0), tensor.stride(1)
+        return args
+
+    def outputs(self, **tensors: Tensor) -> dict:
+        """Pointer and token stride of (T, H, D) tensors whose heads lie side by side."""
+        args: dict = {}
+        for name, tensor in tensors.items():
+            args[f"{name}_ptr"], args[f"{name}_stride_t"] = tensor, tensor.stride(0)
+        return args
+
+    def weights(self) -> dict:
+        args: dict = {}
+        for name in ("q_weight", "q_bias", "k_weight"):
+            tensor = getattr(self.norms, name)
+            args[f"{name}_ptr"] = self.offsets if tensor is None else tensor
+            args[f"{name}_stride"] = self.width if tensor is not None and tensor.dim() == 2 else 0
+            args[name.upper()] = tensor is not None
+        return args
+
+    def precision(self) -> str:
+        return "ieee" if self.bits == 32 else "tf32"
+
+
+def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(out_THD, lse_HT in units of log2 and without βk's share, r_HT). lse and r are empty where they aren't needed."""
+    q, k, v, norms = call.q, call.k, call.v, call.norms
+    tokens, tokens_k = q.shape[0], k.shape[0]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((call.heads, tokens) if save_lse else (0,), dtype=torch.float32, device=q.device)
+    needs_r = norms.k_kind != 0 and call.bits != 32
+    r = torch.empty((call.heads, tokens_k) if needs_r else (0,), dtype=torch.float32, device=q.device)
+    if tokens == 0:
+        return out, lse, r
+    common = dict(
+        **call.rows(q=q, k=k, v=v), **call.weights(), **call.shape, out_ptr=out, lse_ptr=lse, tokens=tokens,
+        q_eps=norms.q_eps, k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale,
+        Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse, PRECISION=call.precision(),
+    )  # fmt: skip
+    for index in call.classes():
+        config = call.config(index)
+        launch, rows = config.forward, rows_of_class(index)
+        options = compile_options(launch)
+        if launch.kernel == "tile":
+            kernel.forward_tile[call.grid(index)](**common, **call.work(index), BLOCK=launch.block_m, **options)
+            continue
+        if needs_r and not config.normalize_keys:
+            key_sizes(call, index, r)
+        kernel.forward_stream[call.grid(index, rows // launch.block_m)](
+            **common, **call.work(index), r_ptr=r if needs_r else lse, tokens_k=tokens_k, ROWS=rows,
+            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, NORMALIZE_KEYS=config.normalize_keys and norms.k_kind != 0,
+            TRY_FIXED_MAX=config.fixed_max and norms.k_kind != 0 and q.dtype != torch.float16, **options,
+        )  # fmt: skip
+    return out, lse, r
+
+
+def key_sizes(call: Launcher, index: int, r: Tensor) -> None:
+    rows = rows_of_class(index)
+    kernel.key_sizes[call.grid(index)](
+        **call.rows(k=call.k), **call.work(index), **call.shape, r_ptr=r, tokens=call.k.shape[0],
+        k_eps=call.norms.k_eps, K_NORM=call.norms.k_kind, ROWS=rows, num_warps=4,
+    )  # fmt: skip
+
+
+def backward(
+    call: Launcher, dout: Tensor, out: Tensor, lse: Tensor, r: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    weight_grads: bool,
+) -> Tensor | None:  # fmt: skip
+    """Write dq, dk, dv; return the gradients of γq, βq, γk as float32 (H, 3, D), or None."""
+    q, k, v, norms = call.q, call.k, call.v, call.norms
+    tokens, tokens_k = q.shape[0], k.shape[0]
+    if tokens == 0 or tokens_k == 0:
+        for grad in (dq, dk, dv):
+            grad.zero_()
+        return q.new_zeros(call.heads, 3, call.width, dtype=torch.float32) if weight_grads else None
+    configs = {index: call.config(index) for index in call.classes()}
+    splits = max((rows_of_class(i) // c.queries.block_m if c.queries else 1 for i, c in configs.items()), default=1)
+    partials = lse
+    if weight_grads:
+        # with splits, items of other classes leave gaps
+        make = torch.empty if splits == 1 else torch.zeros
+        partials = make(call.items.shape[0] * splits, call.heads, 3 * call.width, dtype=torch.float32, device=q.device)
+    grads = dict(partials_ptr=partials, WEIGHT_GRADS=weight_grads, SPLITS=splits, softmax_scale=call.softmax_scale)
+    eps = dict(q_eps=norms.q_eps, k_eps=norms.k_eps)
+    kinds = dict(Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold)
+    fold = dict(fold_scale=call.fold_scale)
+    score = dict(score_scale=call.score_scale, PRECISION=call.precision())
+    factor = dict(key_factor=call.key_factor)
+    inputs = call.rows(q=q, k=k, v=v, dout=dout)
+    delta = None
+    for index, config in configs.items():
+        launch = config.backward
+        base = dict(**call.shape, **call.work(index), **compile_options(launch))
+        if launch.kernel != "stream":
+            common = dict(
+                **base, **inputs, **call.outputs(dq=dq, dk=dk, dv=dv), **call.weights(), **grads, **eps, **kinds,
+                **fold, **score, **factor,
+            )  # fmt: skip
+            if launch.kernel == "tile":
+                kernel_backward.backward_tile[call.grid(index)](**common, BLOCK=launch.block_m)
+            else:
+                kernel_backward.backward_resident[call.grid(index)](
+                    **common, out_ptr=out, lse_ptr=lse, tokens=tokens, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n
+                )
+            continue
+        rows, queries = rows_of_class(index), config.queries
+        normalize_keys = config.normalize_keys and norms.k_kind != 0
+        r_or_any = r if r.numel() else lse
+        if delta is None:
+            delta = torch.empty_like(lse)
+        kernel_backward.backward_prepare[call.grid(index, rows // PREPARE_ROWS)](
+            **call.shape, **call.work(index), **call.rows(q=q, dout=dout), **call.outputs(dq=dq), **call.weights(),
+            **fold, out_ptr=out, delta_ptr=delta, tokens=tokens, q_eps=norms.q_eps, Q_NORM=norms.q_kind,
+            FOLD=call.fold, CENTRE=norms.k_kind == NORM_CODES["layer_norm"] and not normalize_keys, ROWS=rows,
+            BLOCK=PREPARE_ROWS, num_warps=4,
+        )  # fmt: skip
+        kernel_backward.backward_keys[call.grid(index, rows // launch.block_n)](
+            **base, **call.rows(k=k, v=v, dout=dout), **call.outputs(dk=dk, dv=dv), **score, **factor, u_ptr=dq,
+            u_stride_t=dq.stride(0), lse_ptr=lse, delta_ptr=delta, r_ptr=r_or_any, tokens=tokens, tokens_k=tokens_k,
+            k_eps=norms.k_eps, K_NORM=norms.k_kind, FOLD=call.fold, ROWS=rows, BLOCK_M=launch.block_m,
+            BLOCK_N=launch.block_n, NORMALIZE_KEYS=normalize_keys,
+        )  # fmt: skip
+        base.update(compile_options(queries))
+        kernel_backward.backward_queries[call.grid(index, rows // queries.block_m)](
+            **base, **inputs, **call.outputs(dq=dq), **call.weights(), **grads, **eps, **kinds, **score,
+            lse_ptr=lse, delta_ptr=delta, r_ptr=r_or_any, tokens=tokens, tokens_k=tokens_k, ROWS=rows,
+            BLOCK_M=queries.block_m, BLOCK_N=queries.block_n, NORMALIZE_KEYS=normalize_keys,
+        )  # fmt: skip
+    return sum_partials(call, partials, splits) if weight_grads else None
+
+
+def sum_partials(call: Launcher, partials: Tensor, splits: int) -> Tensor:
+    rows, heads, width = partials.shape
+    chunk = 64
+    sums = torch.empty(triton.cdiv(rows, chunk), heads, width, dtype=torch.float32, device=partials.device)
+    kernel_backward.sum_partials[(sums.shape[0], heads)](
+        partials, sums, call.offsets, H=heads, WIDTH=width, SPLITS=splits, CLASSES=CLASSES, CHUNK=chunk, BLOCK=16,
+        BLOCK_W=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+    return sums.sum(0).view(heads, 3, call.width)
