@@ -85,7 +85,7 @@ def plot_packs(path: Path, packs: Sequence[dict[str, Any]], token_budget: int, p
     the resized images whose sides are multiples of patch_size. Token lines run left to right and wrap; what no image
     owns is hatched.
     """
-    per_line = 64 if token_budget >= 512 else 32
+    per_line = 32 * max(1, round((4 * token_budget) ** 0.5 / 32))  # about a quarter as many lines
     lines = -(-token_budget // per_line)
     gap = patch_size // 2
     totals = [sum(p.shape[1] + gap for p in pack["pictures"]) for pack in packs]
@@ -118,8 +118,8 @@ def _plot_owners(axes: Axes, pictures: Sequence[np.ndarray], gap: int) -> None:
     for place, picture in enumerate(pictures):
         h, w = picture.shape[:2]
         axes.imshow(picture, extent=(x, x + w, floor, floor - h), interpolation="nearest", aspect="auto")
-        frame = {"fill": False, "edgecolor": OWNERS[place % len(OWNERS)], "linewidth": 2.5}
-        axes.add_patch(Rectangle((x, floor - h), w, h, **frame))
+        color = OWNERS[place % len(OWNERS)]
+        axes.add_patch(Rectangle((x, floor - h), w, h, fill=False, edgecolor=color, linewidth=2.5))
         x += w + gap
     axes.axis(limits)
     axes.axis("off")
@@ -129,14 +129,15 @@ def _plot_tokens(
     axes: Axes, pack: dict[str, Any], per_line: int, lines: int, token_budget: int, patch_size: int
 ) -> None:
     starts, coords = np.asarray(pack["cu_seqlens"]), np.asarray(pack["coords"])
-    canvas = np.ones((lines * patch_size, per_line * patch_size, 4), dtype=np.float32)
-    rim = max(1, patch_size // 8)
+    skip = max(1, patch_size * per_line // 2048)  # draw every so many pixels of a patch
+    side = -(-patch_size // skip)
+    canvas, rim = np.ones((lines * side, per_line * side, 4), dtype=np.float32), max(1, side // 8)
     for place, picture in enumerate(pack["pictures"]):
         for token in range(starts[place], starts[place + 1]):
             row, column = coords[token] * patch_size
-            y, x = token // per_line * patch_size, token % per_line * patch_size
-            cell = canvas[y : y + patch_size, x : x + patch_size]
-            cell[..., :3] = picture[row : row + patch_size, column : column + patch_size] / 255.0
+            y, x = token // per_line * side, token % per_line * side
+            cell = canvas[y : y + side, x : x + side]
+            cell[..., :3] = picture[row : row + patch_size : skip, column : column + patch_size : skip] / 255.0
             color = np.array(OWNERS[place % len(OWNERS)])
             cell[:] = 0.75 * cell + 0.25 * color  # a tint over the token, its full colour as a line above and below
             cell[:rim] = cell[-rim:] = color
@@ -147,8 +148,10 @@ def _plot_tokens(
     for line in range(used // per_line, lines):
         begin, end = max(0, used - line * per_line), min(per_line, token_budget - line * per_line)
         if end > begin:
-            style = {"facecolor": "#f4f4f4", "edgecolor": "#b5b5b5", "hatch": "////", "linewidth": 0.0}
-            axes.add_patch(Rectangle((begin, line), end - begin, 1, **style))
+            corner, size = (begin, line), end - begin
+            axes.add_patch(
+                Rectangle(corner, size, 1, facecolor="#f4f4f4", edgecolor="#b5b5b5", hatch="////", linewidth=0)
+            )
     axes.set(xlim=(0, per_line), ylim=(lines, 0), xticks=[], yticks=[])
     axes.spines[:].set(color=GREY, linewidth=0.8)
 

@@ -1,29 +1,30 @@
-"""Training and evaluation: packs in, metrics and a run folder out.
-
-A run folder holds config.json and model.safetensors (what `NaViT.from_pretrained` reads), training.json (how it was trained),
-resume.pt (all that is needed to go on), metrics.jsonl and pictures.
+"""Training: its settings, the stream of batches, the steps, and a model's outputs for a set of images.
 
 T tokens, S images, K classes.
 """
 
-import json
+from __future__ import annotations
+
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .config import NaViTConfig
+from .data import DataError, ImageSet, SkipReport, batches
+from .images import Augment, Resize
 from .model import NaViT
-from .packing import PackedImages
+from .packing import PackedImages, scheduled_rate
 
-Batch = tuple[PackedImages, Tensor]  # a pack and its labels_S
+Batch = tuple[PackedImages, Tensor]  # a pack and the labels of its images
+REPORT_EVERY = 10  # steps between looks at a GPU's losses
+SCHEDULES, LOSSES = ("rsqrt", "cosine", "constant"), ("softmax", "sigmoid")
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,83 @@ class TrainConfig:
     steps: int  # packs in all
     learning_rate: float = 8e-4  # at the end of the warm-up
     warmup: int = 100  # steps of linear warm-up
-    schedule: Literal["rsqrt", "cosine", "constant"] = "rsqrt"
+    schedule: str = "rsqrt"  # or "cosine", "constant"
     cooldown: int = 0  # steps of linear decay to zero at the end
-    timescale: int = 10_000  # steps after the warm-up in which rsqrt halves the square of the rate
+    timescale: int = 10_000  # rsqrt: the rate falls as 1 / sqrt(1 + steps since the warm-up / timescale)
     decay_head: float = 3.0  # weight decay of the classifier's matrix
     decay_body: float = 0.03  # weight decay of every other matrix; biases, norms and tables have none
-    loss: Literal["softmax", "sigmoid"] = "softmax"
+    loss: str = "softmax"  # or "sigmoid"
     label_smoothing: float = 0.0  # softmax only
     clip: float = 1.0  # largest norm of the gradient
     seed: int = 0
     evaluate_every: int = 0  # steps between evaluations; 0: only at the end
     save_every: int = 0  # steps between checkpoints; 0: only at the end
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run, but for its model's configuration: what settings.json holds."""
+
+    data: str  # a data set that `read_images` takes
+    classes: tuple[str, ...]
+    train: TrainConfig
+    token_budget: int = 4096  # tokens per pack
+    resize: Resize = field(default_factory=lambda: Resize("uniform"))  # of training images
+    view: Resize = field(default_factory=Resize)  # of all other images
+    augment: Augment = field(default_factory=Augment)
+    token_drop: tuple[float, float] = (0.0, 0.0)  # share of a training image's tokens, at the start and at the end
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> Settings:
+        """The inverse of `dataclasses.asdict`, JSON in between. Raises TypeError for unknown or missing fields."""
+        kinds = {"train": TrainConfig, "resize": Resize, "view": Resize, "augment": Augment}
+        parts = {name: kinds[name](**value) if name in kinds else value for name, value in given.items()}
+        settings = cls(**parts)
+        object.__setattr__(settings, "classes", tuple(settings.classes))
+        object.__setattr__(settings, "token_drop", tuple(settings.token_drop))
+        return settings
+
+
+class BatchStream:
+    """Training batches, epoch after epoch. `position` says where the next one stands, to go on from there."""
+
+    def __init__(self, images: ImageSet, settings: Settings, config: NaViTConfig, workers: int = 0) -> None:
+        self.images, self.settings, self.config, self.workers = images, settings, config, workers
+        self.position = {"step": 0, "epoch": 0, "offset": 0}  # batches in all, whole epochs, batches in this epoch
+        self.skipped = SkipReport()
+
+    def epoch_batches(self) -> Iterator[Batch]:
+        settings = self.settings
+        return batches(
+            self.images,
+            token_budget=settings.token_budget,
+            **self.config.pack_options,
+            resize=settings.resize,
+            augment=settings.augment,
+            token_drop=self.drop_rate,
+            seed=settings.train.seed,
+            epoch=self.position["epoch"],
+            workers=self.workers,
+            report=self.skipped,
+        )
+
+    def drop_rate(self, rows: int, columns: int) -> float:
+        """Token drop now: from the first rate to the second along a sigmoid in time, as the paper schedules it."""
+        start, end = self.settings.token_drop
+        return scheduled_rate(self.position["step"] / self.settings.train.steps, start, end, 0.5, 0.1)
+
+    def __iter__(self) -> Iterator[Batch]:
+        position = self.position
+        while True:
+            seen = position["offset"]  # before the run was resumed: these are made again and passed over
+            position["step"], position["offset"] = position["step"] - seen, 0
+            for batch in self.epoch_batches():
+                position["step"], position["offset"] = position["step"] + 1, position["offset"] + 1
+                if position["offset"] > seen:
+                    yield batch
+            if not position["offset"]:
+                raise DataError(f"{self.settings.data}: none of the {len(self.images)} training images can be used")
+            position["epoch"], position["offset"] = position["epoch"] + 1, 0
 
 
 def rate_factor(step: int, config: TrainConfig) -> float:
@@ -60,7 +127,7 @@ def rate_factor(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: NaViT, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with the paper's two weight decays: one for the head's matrix, one for all other linear layers' matrices."""
+    """AdamW with the paper's two weight decays: one for the head's matrix, one for all other linear layers."""
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     head = {id(parameter) for name, parameter in model.named_parameters() if name.startswith("head.")} & matrices
     groups: dict[float, list[nn.Parameter]] = {config.decay_head: [], config.decay_body: [], 0.0: []}
@@ -95,9 +162,15 @@ class Trainer:
         self.optimizer = make_optimizer(model, config)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate_factor(step, config))
 
-    def run(self, batches: Iterable[Batch]) -> Iterator[dict[str, float]]:
-        """Take one step per batch and yield its metrics. The caller may evaluate or save between steps."""
+    def run(self, batches: Iterable[Batch]) -> Iterator[list[dict[str, float]]]:
+        """Take one step per batch and yield the metrics that have arrived since the last yield.
+
+        A GPU is waited for every REPORT_EVERY steps, and wherever config says to evaluate or save, so some yields are
+        empty. The caller may evaluate or save between steps. Raises FloatingPointError when the loss is not finite.
+        """
         device = next(self.model.parameters()).device
+        report_every = 1 if device.type == "cpu" else REPORT_EVERY
+        pending: list[tuple[dict[str, float], Tensor]] = []
         self.model.train()
         before = time.perf_counter()
         for packed, labels_S in batches:
@@ -105,29 +178,34 @@ class Trainer:
             rate = self.scheduler.get_last_lr()[0]
             with autocast(device):
                 logits_SK = self.forward(packed).float()
-                loss = classification_loss(logits_SK, labels_S, self.config)
+            loss = classification_loss(logits_SK, labels_S, self.config)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
             self.optimizer.step()
             self.scheduler.step()
             self.step += 1
-            metrics = {
-                "step": self.step,
-                "loss": loss.item(),
-                "accuracy": (logits_SK.argmax(1) == labels_S).float().mean().item(),
-                "learning_rate": rate,
-                "gradient_norm": norm.item(),
-                "images": len(packed),
-                "tokens": packed.tokens,
-                "fill": packed.fill,
-                "seconds": time.perf_counter() - before,
-            }
-            if not math.isfinite(metrics["loss"]):
-                raise FloatingPointError(f"the loss is {metrics['loss']} at step {self.step}; try a lower learning rate")
-            yield metrics
-            self.model.train()
-            before = time.perf_counter()
+            accuracy = (logits_SK.argmax(1) == labels_S).float().mean()
+            known = {"step": self.step, "learning_rate": float(rate), "images": len(packed), "tokens": packed.tokens}
+            pending.append((known | {"fill": packed.fill}, torch.stack([loss.detach(), accuracy, norm])))
+            arrived = []
+            if any(self.due(every) for every in (report_every, self.config.evaluate_every, self.config.save_every)):
+                values = torch.stack([value for _, value in pending]).tolist()
+                seconds = (time.perf_counter() - before) / len(pending)
+                for (metrics, _), (loss_, accuracy_, norm_) in zip(pending, values, strict=True):
+                    arrived.append({**metrics, "loss": loss_, "accuracy": accuracy_, "gradient_norm": norm_})
+                    arrived[-1]["seconds"] = seconds
+                    if not math.isfinite(loss_):
+                        raise FloatingPointError(f"the loss is {loss_} at step {metrics['step']}")
+                pending.clear()
+            yield arrived
+            if arrived:
+                before = time.perf_counter()
+                self.model.train()
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps (0: only at the end) is due now."""
+        return self.step == self.config.steps or bool(every and self.step % every == 0)
 
     def state(self) -> dict[str, Any]:
         """All that training depends on, but for the batches: give those from number `step` on."""
@@ -149,16 +227,3 @@ class Trainer:
         torch.set_rng_state(state["random"])
         if state["random_cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["random_cuda"])
-
-
-@torch.no_grad()
-def predict_logits(model: NaViT, packs: Iterable[PackedImages]) -> Tensor:
-    """(S, K) float32 logits on the CPU, in the order of the list that was packed."""
-    device = next(model.parameters()).device
-    model.eval()
-    rows, places = [], []
-    for packed in packs:
-        with autocast(device):
-            rows.append(model(packed.to(device)).float().cpu())
-        places.append(packed.order.cpu())
-    return torch.cat(rows)[torch.argsort(torch.cat(places))]

@@ -1,0 +1,81 @@
+"""What `navit info` says: a model's size and cost, this machine's versions, and what runs each op here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+import navit_kernels
+
+from .config import NaViTConfig
+from .model import NaViT
+
+IMAGES = ((224, 224), (512, 384), (384, 1024), (1024, 1024))  # height, width in pixels
+OPS = Path(navit_kernels.__file__).parent
+
+
+def model_table(name: str, config: NaViTConfig) -> Table:
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in NaViT(config).parameters())
+    table = Table("model", name, show_header=True)
+    table.add_row("parameters", f"{count / 1e6:,.2f} M")
+    table.add_row("width, depth", f"{config.width}, {config.depth}")
+    table.add_row("heads × head width", f"{config.heads} × {config.width // config.heads}")
+    for height, width in IMAGES:
+        rows, columns = round(height / config.patch_size), round(width / config.patch_size)
+        forward, training = (config.flops_per_image(rows, columns, training=t) / 1e9 for t in (False, True))
+        cost = f"{rows * columns:,} tokens, {forward:,.3g} GFLOP forward, {training:,.3g} forward and backward"
+        table.add_row(f"{height} × {width} pixels", cost)
+    return table
+
+
+def machine_table(device: torch.device) -> Table:
+    table = Table("machine", "")
+    table.add_row(
+        "device", torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    )
+    for package in ("navit-kernels", "torch", "triton", "flash-attn-4", "flash-attn-3", "flash-attn"):
+        try:
+            table.add_row(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            if package in ("torch", "triton"):
+                table.add_row(package, "not installed")
+    table.add_row("python", platform.python_version())
+    table.add_row("CUDA of torch", torch.version.cuda or "none: a CPU build")
+    return table
+
+
+def kernel_table(device: torch.device, config: NaViTConfig) -> Table:
+    """One line per op: what runs on this device, and where its launch parameters come from."""
+    table = Table("op", "runs", "launch parameters")
+    for folder in sorted(path.parent for path in OPS.glob("*/reference.py")):
+        if device.type == "cpu":
+            table.add_row(folder.name, "reference (plain torch), as on every CPU", "")
+        elif not (folder / "kernel.py").exists():
+            table.add_row(folder.name, "reference (plain torch): no kernel yet", "")
+        elif importlib.util.find_spec("triton") is None:
+            table.add_row(folder.name, "none: triton is not installed", "")
+        else:
+            table.add_row(folder.name, "Triton kernel", "; ".join(_launches(folder.name, device, config)))
+    return table
+
+
+def _launches(op: str, device: torch.device, config: NaViTConfig) -> Iterable[str]:
+    if op != "self_attention":
+        return ["fixed in kernel.py"]
+    from navit_kernels.plan import CLASS_LIMITS, CLASSES
+    from navit_kernels.self_attention.config import choose_config
+
+    major, minor = torch.cuda.get_device_capability(device)
+    found = []
+    for index in range(CLASSES):
+        chosen = choose_config(10 * major + minor, config.width // config.heads, index, 16)
+        length = f"≤ {CLASS_LIMITS[index]}" if index < CLASSES - 1 else "longer"
+        found.append(f"{length}: {chosen.forward.kernel}, {chosen.forward.measured}")
+    return found
