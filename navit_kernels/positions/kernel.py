@@ -202,7 +202,7 @@ def choose_table_config(exact: bool, length: int) -> dict[str, int]:
     block_l = min(max(triton.next_power_of_2(length), 16), 64)
     if exact:
         return {"BLOCK_L": block_l, "BLOCK_E": 128, "BLOCK_T": 64, "STAGES": 3, "num_warps": 4}
-    return {"BLOCK_L": block_l, "BLOCK_E": 64, "BLOCK_T": 16, "STAGES": 1, "num_warps": 4}
+    return {"BLOCK_L": block_l, "BLOCK_E": 64, "BLOCK_T": 32, "STAGES": 1, "num_warps": 8}
 
 
 def add_positions(
