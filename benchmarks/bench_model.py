@@ -342,7 +342,9 @@ def available(options: argparse.Namespace, config: NaViTConfig) -> list[str]:
         try:
             make_candidate(name, work, None, options)
             found.append(name)
-        except peers.PeerMissing as error:
+        except Exception as error:
+            if not (is_package(name) or isinstance(error, peers.PeerMissing)):
+                raise
             print(f"without {name}: {error}")
     return found
 

@@ -151,7 +151,10 @@ def time_case(case: Case, contenders: Contenders, options: argparse.Namespace) -
         for qk_norm, both in time_contender(name, peer, case, sets, options).items():
             for direction, timing in zip(("fwd", "bwd"), both, strict=True):
                 row = {**case.shape, "qk_norm": qk_norm, "direction": direction, "contender": name}
-                rows.append({**row, "us": timing.us, "floor_us": case.floor_us(direction), "timer": timing.timer})
+                row |= {"us": timing.us, "floor_us": case.floor_us(direction), "timer": timing.timer}
+                if row["us"] < 0.8 * row["floor_us"] and not options.smoke:
+                    raise MeasuringFault(f"faster than its floor, so not all of it was timed: {row}")
+                rows.append(row)
     return rows
 
 
