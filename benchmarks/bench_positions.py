@@ -1,7 +1,7 @@
 """LayerNorm of the patch embedding + height row + width row, forward and backward, against plain and compiled torch.
 
-bfloat16 embeddings, float32 tables of 64 rows (96 for the hr mix) and norm parameters, tokens of each image from the top row down, or in
-random order. Backward means the gradients of the embeddings, both tables and the norm's weight.
+bfloat16 embeddings, float32 norm parameters and tables of 64 rows (96 for the hr mix); an image's tokens from the top
+row down, or in random order. Backward means the gradients of the embeddings, both tables and the norm's weight.
 
 Floors, for T tokens of E bfloat16 channels; tables are small:
     forward    bytes 4·T·E, read x and write y, and 8·T coordinates
