@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 from torch.utils.checkpoint import checkpoint
 
-from navit_kernels import HeadNorm, PackPlan, varlen_attention
-from navit_kernels._checks import fail
-from navit_kernels.add_norm import add_norm
-from navit_kernels.patches import KeptPatches, patchify
-from navit_kernels.positions import (
+from navit_kernels import (
+    HeadNorm,
+    PackPlan,
+    add_norm,
     add_positions,
-    fourier_frequencies,
-    fourier_table,
-    fractional_coords,
-    resize_table,
-    sinusoidal_table,
+    attention_pool,
+    patchify,
+    pool_tokens,
+    positions,
+    varlen_attention_qkvpacked,
 )
-from navit_kernels.token_pooling import attention_pool, pool_tokens
+from navit_kernels._checks import fail
+from navit_kernels.patches import KeptPatches
 
 from .config import NaViTConfig
 from .packing import PackedImages, in_given_order, pack
@@ -83,10 +83,10 @@ class NaViT(nn.Module):
 
     def _forward_list(self, images: Sequence[Any], dense: bool) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Pack a list of images, or of lists of images; or take its packs. Run them and restore the order."""
-        weight = self.embed.proj.weight
+        images, weight = list(images), self.embed.proj.weight
         packs: list[PackedImages] = []
         if all(isinstance(part, PackedImages) for part in images):
-            packs = list(images)
+            packs = images
         elif all(isinstance(part, (Tensor, list, tuple)) for part in images):
             count = 0
             for group in [images] if isinstance(images[0], Tensor) else images:
@@ -128,7 +128,7 @@ class NaViT(nn.Module):
         cu_seqlens, tokens = packed.cu_seqlens, x_TE.shape[0]
         if self.prefix_RE is not None:  # an image's tokens: its prefix, then its patches
             count = config.prefix_tokens
-            token_T = torch.arange(tokens, device=x_TE.device)
+            token_T = torch.arange(tokens, device=x_TE.device, dtype=torch.int32)
             image_T = torch.searchsorted(cu_seqlens, token_T, right=True)
             patch_places_T = token_T + count * image_T
             cu_seqlens = cu_seqlens + count * torch.arange(images + 1, device=x_TE.device, dtype=torch.int32)
@@ -143,7 +143,7 @@ class NaViT(nn.Module):
         for index, block in enumerate(blocks):
             inputs = (x_TE, normed_TE, following[index + 1], cu_seqlens, packed.plan, keep[index])
             if config.checkpointing == "block":
-                x_TE, normed_TE = checkpoint(block, *inputs, use_reentrant=False)
+                x_TE, normed_TE = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_TE, normed_TE = block(*inputs)
         if self.prefix_RE is None:
@@ -170,7 +170,7 @@ class NaViT(nn.Module):
         """Stretch the position tables to more (or fewer) rows; learned ones are interpolated."""
         weight, tables = self.embed.proj.weight, self.embed.state_dict()
         for name in tables.keys() & {"row_table", "column_table"}:
-            tables[name] = resize_table(tables[name], table_length)
+            tables[name] = positions.resize_table(tables[name], table_length)
         self.config = replace(self.config, table_length=table_length)
         self.embed = Embedding(self.config).to(weight)
         self.embed.load_state_dict(tables)
@@ -202,13 +202,9 @@ class NaViT(nn.Module):
         state, wanted = load_file(folder / WEIGHTS), model.state_dict()
         found, expected = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (state, wanted))
         wrong = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
-        if wrong:
-            name = wrong[0]
-            fail(
-                f"{name} in {folder / WEIGHTS}",
-                f"{expected.get(name, 'absent')} ({len(wrong)} tensors differ)",
-                found.get(name, "none"),
-            )
+        for name in wrong[:1]:
+            wanted_shape = f"{expected.get(name, 'absent')} ({len(wrong)} tensors differ)"
+            fail(f"{name} in {folder / WEIGHTS}", wanted_shape, found.get(name, "none"))
         model.load_state_dict(state)
         return model.to(device)
 
@@ -247,19 +243,21 @@ class Embedding(nn.Module):
                 nn.init.trunc_normal_(table, std=0.02**0.5 if config.combine == "product" else 0.02)
                 self.register_parameter(f"{name}_table", table)
             elif config.positions == "fourier":
-                self.register_parameter(f"{name}_frequencies", nn.Parameter(fourier_frequencies(length, width)))
+                self.register_parameter(
+                    f"{name}_frequencies", nn.Parameter(positions.fourier_frequencies(length, width))
+                )
             else:
-                self.register_buffer(f"{name}_table", sinusoidal_table(length, width), persistent=False)
+                self.register_buffer(f"{name}_table", positions.sinusoidal_table(length, width), persistent=False)
 
     def forward(self, patches_TP: Tensor, packed: PackedImages) -> Tensor:
         config, length = self.config, self.config.table_length
         if config.positions == "fourier":
-            tables = [fourier_table(length, f) for f in (self.row_frequencies, self.column_frequencies)]
+            tables = [positions.fourier_table(length, f) for f in (self.row_frequencies, self.column_frequencies)]
         else:
             tables = [self.row_table, self.column_table]
         coords_T2 = packed.coords
         if config.coordinates == "fractional":
-            coords_T2 = fractional_coords(coords_T2, packed.grids, packed.cu_seqlens, length)
+            coords_T2 = positions.fractional_coords(coords_T2, packed.grids, packed.cu_seqlens, length)
         norm = None if self.norm is None else (self.norm.weight, self.norm.bias, self.norm.eps)
         return add_positions(self.proj(patches_TP), coords_T2, *tables, combine=config.combine, norm=norm)
 
@@ -284,30 +282,24 @@ class Block(nn.Module):
         self.scale2 = None if start is None else nn.Parameter(torch.full((width,), start))
 
     def forward(
-        self,
-        x_TE: Tensor,
-        normed_TE: Tensor,
-        following: Norm,
-        cu_seqlens: Tensor,
-        plan: PackPlan | None,
+        self, x_TE: Tensor, normed_TE: Tensor, following: Norm, cu_seqlens: Tensor, plan: PackPlan | None,
         keep_2S: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Take the stream and its norm; return them after both branches, normed for the block that follows."""
         kind = self.config.qk_norm
         q_norm = None if kind == "none" else HeadNorm(kind, self.q_norm_weight, self.q_norm_bias)
         k_norm = None if kind == "none" else HeadNorm(kind, self.k_norm_weight)
         keep1_S, keep2_S = (None, None) if keep_2S is None else keep_2S.unbind(0)
-        q_THD, k_THD, v_THD = self.qkv(normed_TE).unflatten(1, (3, self.config.heads, -1)).unbind(1)
-        out_THD = varlen_attention(q_THD, k_THD, v_THD, cu_seqlens, q_norm=q_norm, k_norm=k_norm, plan=plan)
-        branch_TE = self.proj(cast(Tensor, out_THD).flatten(1))
-        x_TE, normed_TE = self.norm2(
-            x_TE, branch_TE, layer_scale_E=self.scale1, keep_scale_S=keep1_S, cu_seqlens=cu_seqlens
-        )
+        qkv_T3HD = self.qkv(normed_TE).unflatten(1, (3, self.config.heads, -1))
+        out_THD = varlen_attention_qkvpacked(qkv_T3HD, cu_seqlens, q_norm=q_norm, k_norm=k_norm, plan=plan)
+        branch_TE = self.proj(out_THD.flatten(1))
+        scales = {"layer_scale_E": self.scale1, "keep_scale_S": keep1_S, "cu_seqlens": cu_seqlens}
+        x_TE, normed_TE = self.norm2(x_TE, branch_TE, **scales)
         if self.config.checkpointing == "mlp":
-            branch_TE = checkpoint(self.mlp, normed_TE, use_reentrant=False)
+            branch_TE = checkpoint(self.mlp, normed_TE, use_reentrant=False, preserve_rng_state=False)
         else:
             branch_TE = self.mlp(normed_TE)
-        return following(x_TE, branch_TE, layer_scale_E=self.scale2, keep_scale_S=keep2_S, cu_seqlens=cu_seqlens)
+        return following(x_TE, branch_TE, **{**scales, "layer_scale_E": self.scale2, "keep_scale_S": keep2_S})
 
 
 class MLP(nn.Module):
@@ -350,9 +342,6 @@ def split_images(x_TE: Tensor, packed: PackedImages) -> list[Tensor]:
     lengths, grids = packed.cu_seqlens.diff().tolist(), packed.grids.tolist()
     for place, length, (rows, columns) in zip(packed.order.tolist(), lengths, grids, strict=True):
         if length != rows * columns:
-            fail(
-                f"images[{place}]",
-                f"whole for dense features, {rows} × {columns} patches",
-                f"{length}: tokens were dropped",
-            )
+            wanted = f"whole for dense features, {rows} × {columns} patches"
+            fail(f"images[{place}]", wanted, f"{length}: tokens were dropped")
     return [part.unflatten(0, grid) for part, grid in zip(x_TE.split(lengths), grids, strict=True)]
