@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import plots
 from .data import ImageSet, SkipReport
-from .evaluate import Score, majority_baseline, score
+from .evaluate import Score, majority_baseline, score, view_batches
 from .images import load_image
 from .packing import PackedImages
 from .runs import RunFolder
@@ -28,9 +29,9 @@ def fit(
     """Train to the last step, with a progress bar; evaluate, save and draw into the run folder. Returns the score."""
     model, config = trainer.model, settings.train
     skipped = SkipReport()
-    columns = (BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("{task.fields[now]}"))
+    columns = (BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn(compact=True), TextColumn("{task.fields[now]}"))
     recent: deque[dict[str, float]] = deque(maxlen=SMOOTHED)
-    with Progress(TextColumn("train"), *columns, console=console) as progress:
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=config.steps, completed=trainer.step, now="")
         for arrived in trainer.run(stream):
             run.append(arrived)
@@ -46,7 +47,7 @@ def fit(
             if trainer.step == config.steps:
                 break
     majority = majority_baseline(stream.images, held_out)
-    draw(run, last, stream, held_out, majority)
+    draw(run, last, trainer, stream, held_out, majority)
     for report in (stream.skipped, skipped):
         if report:
             console.print(str(report), style="yellow", markup=False)
@@ -63,34 +64,45 @@ def _figures(recent: deque[dict[str, float]]) -> str:
     total = {name: sum(step[name] for step in recent) for name in ("loss", "images", "tokens", "fill", "seconds")}
     seconds = total["seconds"]
     return (
-        f"loss {total['loss'] / len(recent):.3f} · {total['images'] / seconds:,.0f} images/s · "
-        f"{total['tokens'] / seconds:,.0f} tokens/s · packs {total['fill'] / len(recent):.1%} full"
+        f"loss {total['loss'] / len(recent):.2f} · {total['images'] / seconds:,.0f} images/s · "
+        f"{total['tokens'] / seconds:,.0f} tokens/s · fill {total['fill'] / len(recent):.1%}"
     )
 
 
-def draw(run: RunFolder, last: Score, stream: BatchStream, held_out: ImageSet, majority: float) -> None:
+def draw(
+    run: RunFolder, last: Score, trainer: Trainer, stream: BatchStream, held_out: ImageSet, majority: float
+) -> None:
     """Write the three pictures of a run."""
     classes = held_out.classes
     plots.plot_curves(run.path / "curves.png", run.metrics(), majority, 1 / len(classes))
     count = min(PICTURES, len(last.places_S))
-    chosen = np.sort(np.random.default_rng(0).choice(len(last.places_S), count, replace=False))
-    pictures = [_picture(load_image(held_out.paths[int(last.places_S[k])])) for k in chosen]
-    truths, chances = last.labels_S[chosen].tolist(), last.probabilities_SK[chosen].numpy()
+    rows_S = np.sort(np.random.default_rng(0).choice(len(last.places_S), count, replace=False))
+    shown = last.places_S[rows_S].tolist()  # places in the held-out set
+    pictures = [_picture(load_image(held_out.paths[place])) for place in shown]
+    truths, chances = last.labels_S[rows_S].tolist(), last.probabilities_SK[rows_S].numpy()
     plots.plot_predictions(run.path / "predictions.png", pictures, truths, chances, classes)
-    first = BatchStream(stream.images, stream.settings, stream.config)
-    packs = [pack_parts(packed) for _, (packed, _) in zip(range(2), first, strict=False)]
-    plots.plot_packs(run.path / "packs.png", packs, stream.settings.token_budget, stream.config.patch_size)
+    settings, model = stream.settings, trainer.model
+    first, _ = next(iter(BatchStream(stream.images, settings, model.config)))
+    views = view_batches(held_out.select([place in shown for place in range(len(held_out))]), settings, model)
+    packs = [pack_parts("the first training pack, dropped patches faded", first)]
+    packs += [pack_parts("held-out images", packed) for packed, _ in islice(views, 1)]
+    plots.plot_packs(run.path / "packs.png", packs, settings.token_budget, model.config.patch_size)
 
 
 def _picture(image_CHW: Tensor) -> np.ndarray:
     return image_CHW.permute(1, 2, 0).numpy()
 
 
-def pack_parts(packed: PackedImages) -> dict[str, Any]:
+def pack_parts(title: str, packed: PackedImages) -> dict[str, Any]:
     """What `plot_packs` draws of a pack."""
     pixels = packed.pixels
     assert pixels is not None
     shapes = [(pixels.channels, height, width) for height, width in pixels.sizes_S2.tolist()]
     flat = pixels.pixels.split([int(np.prod(shape)) for shape in shapes])
     pictures = [_picture(part.view(shape)) for part, shape in zip(flat, shapes, strict=True)]
-    return {"pictures": pictures, "cu_seqlens": packed.cu_seqlens.numpy(), "coords": packed.coords.numpy()}
+    return {
+        "title": title,
+        "pictures": pictures,
+        "cu_seqlens": packed.cu_seqlens.numpy(),
+        "coords": packed.coords.numpy(),
+    }

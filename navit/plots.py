@@ -4,6 +4,7 @@ Shapes: T tokens, S images, K classes. Pictures are uint8 arrays (height, width,
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ OWNERS = [matplotlib.colormaps["tab20"](k) for k in (*range(0, 20, 2), *range(1,
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=110, facecolor="white")
+    figure.savefig(path, dpi=130, facecolor="white")
 
 
 def _plain(axes: Axes) -> None:
@@ -54,7 +55,7 @@ def plot_predictions(
         h, w = picture.shape[0] * scale, picture.shape[1] * scale
         box = (left + (cell - w) / 2, top - cell, w, h)
         axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
-        axes.imshow(picture, aspect="auto", interpolation="nearest")
+        axes.imshow(picture, aspect="auto", interpolation="antialiased")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(color="#d0d0d0", linewidth=0.8)
         axes = figure.add_axes((left / width, (top - cell - bars + 0.04) / height, cell / width, (bars - 0.1) / height))
@@ -79,81 +80,94 @@ def _plot_chances(axes: Axes, chances_K: np.ndarray, truth: int, classes: Sequen
 
 
 def plot_packs(path: Path, packs: Sequence[dict[str, Any]], token_budget: int, patch_size: int) -> None:
-    """Draw packs: above, each image in its owner's colour; below, the tokens in packed order, as the model reads them.
+    """Draw packs: above, the images, numbered and framed in their colours, dropped patches faded; below, all tokens.
 
-    A pack is {"pictures": [...], "cu_seqlens": (S+1,), "coords": (T, 2) row and column of each token}, pictures being
-    the resized images whose sides are multiples of patch_size. Token lines run left to right and wrap; what no image
-    owns is hatched.
+    A pack is {"title": str, "pictures": [...], "cu_seqlens": (S+1,), "coords": (T, 2) row and column of each token},
+    pictures being the images as they were packed, sides multiples of patch_size. Token lines run left to right and
+    wrap. What no image owns is hatched.
     """
+    strip, head, rest = 9.0, 0.45, 0.25  # inches
     per_line = 32 * max(1, round((4 * token_budget) ** 0.5 / 32))  # about a quarter as many lines
     lines = -(-token_budget // per_line)
-    gap = patch_size // 2
-    totals = [sum(p.shape[1] + gap for p in pack["pictures"]) for pack in packs]
-    tallest = [max(p.shape[0] for p in pack["pictures"]) + gap for pack in packs]
-    strip, title, rest = 9.0, 0.4, 0.2  # inches
-    height_images = [min(1.6, strip * h / w) for h, w in zip(tallest, totals, strict=True)]
     height_tokens = strip * lines / per_line  # a token is square
-    width, height = strip + 0.6, sum(height_images) + len(packs) * (title + height_tokens + rest)
+    rows = [_rows_of_images([p.shape[:2] for p in pack["pictures"]], gap=patch_size, strip=strip) for pack in packs]
+    height_images = [strip * tall / wide for _, wide, tall in rows]
+    width, height = strip + 0.6, sum(height_images) + len(packs) * (head + 0.08 + height_tokens + rest)
     figure = Figure(figsize=(width, height))
     top = height
-    for k, pack in enumerate(packs):
-        images, used = len(pack["cu_seqlens"]) - 1, int(pack["cu_seqlens"][-1])
-        text = f"pack {k + 1}: {images} images, {used} of {token_budget} tokens ({used / token_budget:.1%} full)"
-        figure.text(0.3 / width, (top - 0.25) / height, text, fontsize=11, color=INK, va="center")
-        top -= title + height_images[k]
-        axes = figure.add_axes((0.3 / width, top / height, strip / width, height_images[k] / height))
-        axes.set(xlim=(-gap / 2, strip / height_images[k] * tallest[k]), ylim=(tallest[k], -gap / 2))
-        _plot_owners(axes, pack["pictures"], gap)
-        top -= height_tokens
+    for pack, (corners, wide, tall), inches in zip(packs, rows, height_images, strict=True):
+        used = int(pack["cu_seqlens"][-1])
+        text = (
+            f"{pack['title']}: {len(pack['pictures'])} images, {used:,} of {token_budget:,} tokens "
+            f"({used / token_budget:.1%} full)"
+        )
+        figure.text(0.3 / width, (top - 0.28) / height, text, fontsize=11, color=INK, va="center")
+        top -= head + inches
+        axes = figure.add_axes((0.3 / width, top / height, strip / width, inches / height))
+        _plot_owners(axes, pack, corners, patch_size)
+        axes.set(xlim=(0, wide), ylim=(tall, 0))
+        axes.axis("off")
+        top -= 0.08 + height_tokens
         axes = figure.add_axes((0.3 / width, top / height, strip / width, height_tokens / height))
-        _plot_tokens(axes, pack, per_line, lines, token_budget, patch_size)
+        _plot_tokens(axes, pack["cu_seqlens"], per_line, token_budget)
         top -= rest
     _save(figure, path)
 
 
-def _plot_owners(axes: Axes, pictures: Sequence[np.ndarray], gap: int) -> None:
-    """Images in packed order at one scale, framed in their colours, standing on one line."""
-    x, floor = 0, max(p.shape[0] for p in pictures)
-    limits = axes.axis()
-    for place, picture in enumerate(pictures):
-        h, w = picture.shape[:2]
-        axes.imshow(picture, extent=(x, x + w, floor, floor - h), interpolation="nearest", aspect="auto")
-        color = OWNERS[place % len(OWNERS)]
-        axes.add_patch(Rectangle((x, floor - h), w, h, fill=False, edgecolor=color, linewidth=2.5))
-        x += w + gap
-    axes.axis(limits)
-    axes.axis("off")
+def _rows_of_images(sizes: Sequence[tuple[int, int]], gap: int, strip: float) -> tuple[list[tuple[int, int]], int, int]:
+    """Where images stand that wrap like words, 0.7 inches a line: corners (x, y), width and height in pixels."""
+    tallest = max(height for height, _ in sizes) + gap
+    wide = max(round(strip / 0.7 * tallest), max(width for _, width in sizes) + gap)
+    corners, x, floor = [], 0, tallest
+    for height, width in sizes:
+        if x + width + gap > wide:
+            x, floor = 0, floor + tallest
+        corners.append((x + gap // 2, floor - height))
+        x += width + gap
+    return corners, wide, floor + gap // 2
 
 
-def _plot_tokens(
-    axes: Axes, pack: dict[str, Any], per_line: int, lines: int, token_budget: int, patch_size: int
-) -> None:
+def _plot_owners(axes: Axes, pack: dict[str, Any], corners: Sequence[tuple[int, int]], patch_size: int) -> None:
     starts, coords = np.asarray(pack["cu_seqlens"]), np.asarray(pack["coords"])
-    skip = max(1, patch_size * per_line // 2048)  # draw every so many pixels of a patch
-    side = -(-patch_size // skip)
-    canvas, rim = np.ones((lines * side, per_line * side, 4), dtype=np.float32), max(1, side // 8)
-    for place, picture in enumerate(pack["pictures"]):
-        for token in range(starts[place], starts[place + 1]):
-            row, column = coords[token] * patch_size
-            y, x = token // per_line * side, token % per_line * side
-            cell = canvas[y : y + side, x : x + side]
-            cell[..., :3] = picture[row : row + patch_size : skip, column : column + patch_size : skip] / 255.0
-            color = np.array(OWNERS[place % len(OWNERS)])
-            cell[:] = 0.75 * cell + 0.25 * color  # a tint over the token, its full colour as a line above and below
-            cell[:rim] = cell[-rim:] = color
-            if token == starts[place]:
-                cell[:, :rim] = color
-    axes.imshow(canvas, extent=(0, per_line, lines, 0), interpolation="nearest", aspect="auto")
-    used = int(starts[-1])
-    for line in range(used // per_line, lines):
-        begin, end = max(0, used - line * per_line), min(per_line, token_budget - line * per_line)
-        if end > begin:
-            corner, size = (begin, line), end - begin
-            axes.add_patch(
-                Rectangle(corner, size, 1, facecolor="#f4f4f4", edgecolor="#b5b5b5", hatch="////", linewidth=0)
-            )
-    axes.set(xlim=(0, per_line), ylim=(lines, 0), xticks=[], yticks=[])
+    for place, (picture, (x, y)) in enumerate(zip(pack["pictures"], corners, strict=True)):
+        h, w = picture.shape[:2]
+        kept = np.zeros((h // patch_size, w // patch_size, 1), dtype=bool)
+        kept[tuple(coords[starts[place] : starts[place + 1]].T)] = True
+        kept = kept.repeat(patch_size, 0).repeat(patch_size, 1)
+        shown = np.where(kept, picture, 0.15 * picture + 0.85 * 225).astype(np.uint8)
+        axes.imshow(shown, extent=(x, x + w, y + h, y), interpolation="antialiased", aspect="auto")
+        color = OWNERS[place % len(OWNERS)]
+        axes.add_patch(Rectangle((x, y), w, h, fill=False, edgecolor=color, linewidth=1.6))
+        axes.text(x + 1, y + 1, str(place + 1), fontsize=5.5, va="top", color=_ink_on(color), bbox=_tag(color))
+
+
+def _plot_tokens(axes: Axes, cu_seqlens: Sequence[int], per_line: int, token_budget: int) -> None:
+    starts = [int(start) for start in cu_seqlens]
+    owners = [(begin, end, place) for place, (begin, end) in enumerate(pairwise(starts))]
+    for begin, end, place in [*owners, (starts[-1], token_budget, -1)]:
+        labelled = False
+        for line in range(begin // per_line, -(-end // per_line)):
+            left, right = max(begin - line * per_line, 0), min(end - line * per_line, per_line)
+            if place < 0:
+                look = {"facecolor": "#f6f6f6", "edgecolor": "#b5b5b5", "hatch": "////", "linewidth": 0}
+            else:
+                look = {"facecolor": OWNERS[place % len(OWNERS)], "edgecolor": "white", "linewidth": 0.4}
+            axes.add_patch(Rectangle((left, line), right - left, 1, **look))
+            if place >= 0 and not labelled and right - left >= per_line / 40:
+                style = {"fontsize": 4.5, "ha": "center", "va": "center", "color": _ink_on(look["facecolor"])}
+                axes.text((left + right) / 2, line + 0.53, str(place + 1), **style)
+                labelled = True
+    axes.set(xlim=(0, per_line), ylim=(-(-token_budget // per_line), 0), xticks=[], yticks=[])
     axes.spines[:].set(color=GREY, linewidth=0.8)
+
+
+def _ink_on(color: tuple[float, ...]) -> str:
+    """White on dark colours, ink on light ones."""
+    return "white" if np.dot(color[:3], (0.299, 0.587, 0.114)) < 0.62 else INK
+
+
+def _tag(color: tuple[float, ...]) -> dict[str, Any]:
+    return {"facecolor": color, "edgecolor": "none", "boxstyle": "square,pad=0.15"}
 
 
 def plot_curves(path: Path, metrics: Sequence[dict[str, Any]], majority: float, chance: float) -> None:
