@@ -3,7 +3,7 @@
 Shapes: T tokens, S images, K classes. Pictures are uint8 arrays (height, width, 3).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -143,22 +143,26 @@ def _plot_owners(axes: Axes, pack: dict[str, Any], corners: Sequence[tuple[int, 
 
 def _plot_tokens(axes: Axes, cu_seqlens: Sequence[int], per_line: int, token_budget: int) -> None:
     starts = [int(start) for start in cu_seqlens]
-    owners = [(begin, end, place) for place, (begin, end) in enumerate(pairwise(starts))]
-    for begin, end, place in [*owners, (starts[-1], token_budget, -1)]:
-        labelled = False
-        for line in range(begin // per_line, -(-end // per_line)):
-            left, right = max(begin - line * per_line, 0), min(end - line * per_line, per_line)
-            if place < 0:
-                look = {"facecolor": "#f6f6f6", "edgecolor": "#b5b5b5", "hatch": "////", "linewidth": 0}
-            else:
-                look = {"facecolor": OWNERS[place % len(OWNERS)], "edgecolor": "white", "linewidth": 0.4}
-            axes.add_patch(Rectangle((left, line), right - left, 1, **look))
-            if place >= 0 and not labelled and right - left >= per_line / 40:
-                style = {"fontsize": 4.5, "ha": "center", "va": "center", "color": _ink_on(look["facecolor"])}
-                axes.text((left + right) / 2, line + 0.53, str(place + 1), **style)
+    for place, (begin, end) in enumerate(pairwise(starts)):
+        color, labelled = OWNERS[place % len(OWNERS)], False
+        for x, line, length in _parts(begin, end, per_line):
+            axes.add_patch(Rectangle((x, line), length, 1, facecolor=color, edgecolor="white", linewidth=0.4))
+            if not labelled and length >= per_line / 40:
+                where, ink = (x + length / 2, line + 0.53), _ink_on(color)
+                axes.text(*where, str(place + 1), fontsize=4.5, ha="center", va="center", color=ink)
                 labelled = True
+    for x, line, length in _parts(starts[-1], token_budget, per_line):
+        hatched = Rectangle((x, line), length, 1, facecolor="#f6f6f6", edgecolor="#b5b5b5", hatch="////", linewidth=0)
+        axes.add_patch(hatched)
     axes.set(xlim=(0, per_line), ylim=(-(-token_budget // per_line), 0), xticks=[], yticks=[])
     axes.spines[:].set(color=GREY, linewidth=0.8)
+
+
+def _parts(begin: int, end: int, per_line: int) -> Iterator[tuple[int, int, int]]:
+    """A stretch of tokens as (place in the line, line, length)."""
+    for line in range(begin // per_line, -(-end // per_line)):
+        left, right = max(begin - line * per_line, 0), min(end - line * per_line, per_line)
+        yield left, line, right - left
 
 
 def _ink_on(color: tuple[float, ...]) -> str:
