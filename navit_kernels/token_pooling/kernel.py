@@ -15,7 +15,9 @@ their order. Backward, with dS_ij = P_ij dout_i·(v_j − out_i), one program pe
     dk_j = a_j − (r_j² / D)(a_j·Ck_j) Ck_j         second term absent without a norm or where "l2" clamps ‖k‖;
                                                    a_j needs no centring, because u_i is centred
 
-All in float32: k is centred in registers and u never rounded, so that a large mean of k costs no accuracy.
+Arithmetic is float32: k is centred in registers, and neither u nor the out of the backward is rounded, so that neither
+a large mean of k nor a softmax with one dominant key, where v_j − out cancels, costs accuracy. For float32 inputs the
+scores are float64: the rounding of a score of 100 would outweigh all else.
 
 Dao: FlashAttention-2 (2023), arXiv 2307.08691; the pooling itself is MAP: Zhai et al. (2021), arXiv 2106.04560.
 T tokens, S segments (images), Q queries, H heads, D head width, N slots.
@@ -60,7 +62,7 @@ def _normed_keys(k, offs_d, eps, NORM: tl.constexpr, D: tl.constexpr):
         r = tl.sqrt(D * 1.0) / tl.maximum(tl.sqrt(square), eps)
         slope = tl.where(tl.sqrt(square) > eps, r * r / D, 0.0)
     elif NORM == "none":
-        r = tl.full(square.shape, 1.0, tl.float32)
+        r = tl.full(square.shape, 1.0, square.dtype)
         slope = tl.zeros_like(square)
     else:
         r = tl.rsqrt(square / D + eps)
@@ -87,7 +89,8 @@ def partial_kernel(
     if first >= last:
         return
 
-    u = _load_queries(u_ptr, head * 0, offs_q[:, None, None] + repeat, head, offs_d, Q, H, D)
+    WIDE: tl.constexpr = tl.float64 if k_ptr.dtype.element_ty == tl.float32 else tl.float32
+    u = _load_queries(u_ptr, head * 0, offs_q[:, None, None] + repeat, head, offs_d, Q, H, D).to(WIDE)
     row_max = tl.full([BLOCK_Q, BLOCK_T], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_Q, BLOCK_T], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_T, BLOCK_D], tl.float32)
@@ -96,11 +99,11 @@ def partial_kernel(
         mask_t = (offs_t < last)[None, :, None]
         k = _load_heads(k_ptr, offs_t[None, :, None], offs_d, mask_t, head, STRIDE_KT, STRIDE_KH, D)
         v = _load_heads(v_ptr, offs_t[None, :, None], offs_d, mask_t, head, STRIDE_VT, STRIDE_VH, D)
-        k, r, slope = _normed_keys(k, offs_d, eps, NORM, D)
+        k, r, slope = _normed_keys(k.to(WIDE), offs_d, eps, NORM, D)
         score = tl.sum(u * k, 2) * r  # [BLOCK_Q, BLOCK_T]
         score = tl.where((offs_t < last)[None, :], score, float("-inf"))
-        new_max = tl.maximum(row_max, score)
-        scale, p = tl.exp(row_max - new_max), tl.exp(score - new_max)
+        new_max = tl.maximum(row_max, score.to(tl.float32))
+        scale, p = tl.exp(row_max - new_max), tl.exp((score - new_max).to(tl.float32))
         row_max = new_max
         row_sum = row_sum * scale + p
         acc = acc * scale[:, :, None] + p[:, :, None] * v
@@ -119,7 +122,7 @@ def partial_kernel(
 
 @triton.jit
 def combine_kernel(
-    acc_ptr, max_ptr, sum_ptr, cu_seqlens_ptr, out_ptr, lse_ptr,
+    acc_ptr, max_ptr, sum_ptr, cu_seqlens_ptr, out_ptr, out32_ptr, top_ptr, total_ptr,
     QH: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R (query, head) rows of one segment from its slots, in their order."""
@@ -147,13 +150,15 @@ def combine_kernel(
         acc /= total[:, None]
 
     rows = segment * QH + offs_r
-    tl.store(lse_ptr + rows, top + tl.log(total), mask=mask_r)
+    tl.store(top_ptr + rows, top, mask=mask_r)
+    tl.store(total_ptr + rows, total, mask=mask_r)
     tl.store(out_ptr + rows[:, None] * D + offs_d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out32_ptr + rows[:, None] * D + offs_d[None, :], acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["segments"])
 def backward_kernel(
-    dout_ptr, out_ptr, lse_ptr, u_ptr, k_ptr, v_ptr, cu_seqlens_ptr, du_ptr, dk_ptr, dv_ptr,
+    dout_ptr, out32_ptr, top_ptr, total_ptr, u_ptr, k_ptr, v_ptr, cu_seqlens_ptr, du_ptr, dk_ptr, dv_ptr,
     segments, eps,
     STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr,
     Q: tl.constexpr, H: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr,
@@ -169,7 +174,9 @@ def backward_kernel(
     offs_t = offs_t[None, :, None]
     k = _load_heads(k_ptr, offs_t, offs_d, mask_t[None, :, None], head, STRIDE_KT, STRIDE_KH, D)
     v = _load_heads(v_ptr, offs_t, offs_d, mask_t[None, :, None], head, STRIDE_VT, STRIDE_VH, D)
-    k, r, slope = _normed_keys(k, offs_d, eps, NORM, D)
+    WIDE: tl.constexpr = tl.float64 if k_ptr.dtype.element_ty == tl.float32 else tl.float32
+    wide_k, wide_r, slope = _normed_keys(k.to(WIDE), offs_d, eps, NORM, D)
+    k, r, slope = wide_k.to(tl.float32), wide_r.to(tl.float32), slope.to(tl.float32)
 
     a = tl.zeros([1, BLOCK_T, BLOCK_D], tl.float32)
     dv = tl.zeros([1, BLOCK_T, BLOCK_D], tl.float32)
@@ -179,11 +186,15 @@ def backward_kernel(
         offs_repeat = offs_q[:, None, None] + tl.zeros([1, BLOCK_T, 1], tl.int32)
         u = _load_queries(u_ptr, head * 0, offs_repeat, head, offs_d, Q, H, D)
         dout = _load_queries(dout_ptr, segment, offs_repeat, head, offs_d, Q, H, D)
-        out = _load_queries(out_ptr, segment, offs_repeat, head, offs_d, Q, H, D)
-        lse = tl.load(lse_ptr + (segment.to(tl.int64) * Q + offs_q) * H + head, mask=mask_q, other=0.0)  # [BLOCK_Q]
+        out = _load_queries(out32_ptr, segment, offs_repeat, head, offs_d, Q, H, D)
+        rows = (segment.to(tl.int64) * Q + offs_q) * H + head
+        top = tl.load(top_ptr + rows, mask=mask_q, other=0.0)  # [BLOCK_Q]
+        total = tl.load(total_ptr + rows, mask=mask_q, other=1.0)
 
         mask = mask_q[:, None] & mask_t[None, :]
-        p = tl.where(mask, tl.exp(tl.sum(u * k, 2) * r - lse[:, None]), 0.0)  # [BLOCK_Q, BLOCK_T]
+        score = tl.sum(u.to(WIDE) * wide_k, 2) * wide_r
+        p = tl.exp((score - top[:, None]).to(tl.float32)) / total[:, None]
+        p = tl.where(mask, p, 0.0)  # [BLOCK_Q, BLOCK_T]
         g = tl.where(mask, p * tl.sum(dout * (v - out), 2) * r, 0.0)
         dv += tl.sum(p[:, :, None] * dout, 0)[None, :, :]
         a += tl.sum(g[:, :, None] * u, 0)[None, :, :]
@@ -198,12 +209,12 @@ def backward_kernel(
     tl.store(dv_ptr + offs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
-def choose_config(queries: int, width: int, backward: bool) -> dict[str, int]:
+def choose_config(queries: int, width: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
     """Launch choice by number of queries and head width (untuned). At most four queries at a time; a tile of 4096
-    elements, of 2048 where a lone query leaves the forward little arithmetic to hide loads behind."""
+    elements, of 2048 for the forward of a lone query, of half as many in float32."""
     block_q = min(triton.next_power_of_2(queries), 4)
     block_d = max(triton.next_power_of_2(width), 16)
-    tile = 4096 if backward or queries > 1 else 2048
+    tile = (4096 if backward or queries > 1 else 2048) // (2 if dtype == torch.float32 else 1)
     return {"BLOCK_Q": block_q, "BLOCK_T": max(tile // (block_q * block_d), 8), "BLOCK_D": block_d, "num_warps": 4}
 
 
@@ -220,15 +231,16 @@ def _strides(k_THD: Tensor, v_THD: Tensor) -> dict[str, int]:
 
 def attention_pool(
     u_QHD: Tensor, k_THD: Tensor, v_THD: Tensor, cu_seqlens: Tensor, norm: str, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Return out (S, Q, H, D) in v's dtype and the log-sum-exp (S, Q, H) in float32."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return out (S, Q, H, D) in v's dtype, the same in float32, and (2, S, Q, H): max S and Σ exp(S − max S)."""
     (queries, heads, width), segments = u_QHD.shape, len(cu_seqlens) - 1
     out_SQHD = v_THD.new_empty(segments, queries, heads, width)
-    lse_SQH = v_THD.new_empty(segments, queries, heads, dtype=torch.float32)
+    out32_SQHD = torch.empty_like(out_SQHD, dtype=torch.float32)
+    softmax_2SQH = v_THD.new_empty(2, segments, queries, heads, dtype=torch.float32)
     if out_SQHD.numel() == 0:
-        return out_SQHD, lse_SQH
+        return out_SQHD, out32_SQHD, softmax_2SQH
     k_THD, v_THD = _token_major(k_THD), _token_major(v_THD)
-    config = choose_config(queries, width, backward=False)
+    config = choose_config(queries, width, k_THD.dtype, backward=False)
     slots = slot_count(len(k_THD), segments, CHUNK)
     acc_NQHD = u_QHD.new_empty(slots, queries, heads, width)
     max_NQH, sum_NQH = u_QHD.new_empty(2, slots, queries, heads)
@@ -239,16 +251,16 @@ def attention_pool(
     )  # fmt: skip
     block_r = min(triton.next_power_of_2(queries * heads), 16)
     combine_kernel[(segments * triton.cdiv(queries * heads, block_r),)](
-        acc_NQHD, max_NQH, sum_NQH, cu_seqlens, out_SQHD, lse_SQH,
+        acc_NQHD, max_NQH, sum_NQH, cu_seqlens, out_SQHD, out32_SQHD, *softmax_2SQH,
         QH=queries * heads, D=width, CHUNK=CHUNK, BLOCK_R=block_r, BLOCK_D=config["BLOCK_D"], num_warps=4,
     )  # fmt: skip
-    return out_SQHD, lse_SQH
+    return out_SQHD, out32_SQHD, softmax_2SQH
 
 
 def attention_pool_backward(
     dout_SQHD: Tensor,
-    out_SQHD: Tensor,
-    lse_SQH: Tensor,
+    out32_SQHD: Tensor,
+    softmax_2SQH: Tensor,
     u_QHD: Tensor,
     k_THD: Tensor,
     v_THD: Tensor,
@@ -259,13 +271,13 @@ def attention_pool_backward(
     """Return du in float32, dk and dv in k's dtype."""
     (queries, heads, width), segments = u_QHD.shape, len(cu_seqlens) - 1
     dk_THD, dv_THD = k_THD.new_empty(k_THD.shape), v_THD.new_empty(v_THD.shape)
-    config = choose_config(queries, width, backward=True)
+    config = choose_config(queries, width, k_THD.dtype, backward=True)
     slots = slot_count(len(k_THD), segments, config["BLOCK_T"]) if segments else 0
     du_NQHD = u_QHD.new_empty(slots, queries, heads, width)
     if du_NQHD.numel():
         k_THD, v_THD = _token_major(k_THD), _token_major(v_THD)
         backward_kernel[(slots * heads,)](
-            dout_SQHD.contiguous(), out_SQHD, lse_SQH, u_QHD.contiguous(), k_THD, v_THD, cu_seqlens,
+            dout_SQHD.contiguous(), out32_SQHD, *softmax_2SQH, u_QHD.contiguous(), k_THD, v_THD, cu_seqlens,
             du_NQHD, dk_THD, dv_THD,
             segments, eps, **_strides(k_THD, v_THD),
             Q=queries, H=heads, D=width, NORM=norm, **config,

@@ -91,19 +91,19 @@ def attention_pool(
 
 
 def fold_query(query_QHD: Tensor, q_norm: HeadNorm | None, k_norm: HeadNorm | None, scale: float) -> Tensor:
-    """u = scale · C(γk ⊙ norm(query)) in float32: what raw keys are multiplied with. Few numbers, so plain torch."""
+    """u = scale · C(γk ⊙ norm(query)), what raw keys are multiplied with. Few numbers: plain torch, in float64."""
     if q_norm is not None:
-        parts = (None if part is None else part.float() for part in (q_norm.weight, q_norm.bias))
+        parts = (None if part is None else part.double() for part in (q_norm.weight, q_norm.bias))
         q_norm = HeadNorm(q_norm.kind, *parts, q_norm.eps)
-    u_QHD = head_norm(query_QHD.float(), q_norm) * scale
+    u_QHD = head_norm(query_QHD.double(), q_norm) * scale
     if k_norm is not None:
         if k_norm.weight is not None:
-            u_QHD = u_QHD * k_norm.weight.float()
+            u_QHD = u_QHD * k_norm.weight.double()
         if k_norm.kind == "layer_norm":
             u_QHD = u_QHD - u_QHD.mean(-1, keepdim=True)
         if k_norm.bias is not None:
-            u_QHD = u_QHD + 0.0 * k_norm.bias.float()  # its gradient is zero, not missing
-    return u_QHD
+            u_QHD = u_QHD + 0.0 * k_norm.bias.double()  # its gradient is zero, not missing
+    return u_QHD.float()
 
 
 @torch.library.custom_op("navit_kernels::pool_tokens", mutates_args=())
@@ -148,7 +148,7 @@ _pool_tokens.register_autograd(_pool_tokens_gradient, setup_context=_pool_tokens
 @torch.library.custom_op("navit_kernels::attention_pool", mutates_args=())
 def _attention_pool(
     u_QHD: Tensor, k_THD: Tensor, v_THD: Tensor, cu_seqlens: Tensor, norm: str, eps: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     from . import kernel
 
     return kernel.attention_pool(u_QHD, k_THD, v_THD, cu_seqlens, norm, eps)
@@ -157,30 +157,33 @@ def _attention_pool(
 @_attention_pool.register_fake
 def _(u_QHD, k_THD, v_THD, cu_seqlens, norm, eps):  # type: ignore[no-untyped-def]
     shape = (cu_seqlens.shape[0] - 1, *u_QHD.shape)
-    return v_THD.new_empty(shape), v_THD.new_empty(shape[:-1], dtype=torch.float32)
+    out_SQHD, out32_SQHD = v_THD.new_empty(shape), v_THD.new_empty(shape, dtype=torch.float32)
+    return out_SQHD, out32_SQHD, v_THD.new_empty(2, *shape[:-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("navit_kernels::attention_pool_backward", mutates_args=())
 def _attention_pool_backward(
-    dout_SQHD: Tensor, out_SQHD: Tensor, lse_SQH: Tensor, u_QHD: Tensor, k_THD: Tensor, v_THD: Tensor,
+    dout_SQHD: Tensor, out32_SQHD: Tensor, softmax_2SQH: Tensor, u_QHD: Tensor, k_THD: Tensor, v_THD: Tensor,
     cu_seqlens: Tensor, norm: str, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from . import kernel
 
-    return kernel.attention_pool_backward(dout_SQHD, out_SQHD, lse_SQH, u_QHD, k_THD, v_THD, cu_seqlens, norm, eps)
+    return kernel.attention_pool_backward(
+        dout_SQHD, out32_SQHD, softmax_2SQH, u_QHD, k_THD, v_THD, cu_seqlens, norm, eps
+    )
 
 
 @_attention_pool_backward.register_fake
-def _(dout_SQHD, out_SQHD, lse_SQH, u_QHD, k_THD, v_THD, cu_seqlens, norm, eps):  # type: ignore[no-untyped-def]
+def _(dout_SQHD, out32_SQHD, softmax_2SQH, u_QHD, k_THD, v_THD, cu_seqlens, norm, eps):  # type: ignore[no-untyped-def]
     return u_QHD.new_empty(u_QHD.shape), k_THD.new_empty(k_THD.shape), v_THD.new_empty(v_THD.shape)
 
 
-def _attention_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _attention_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     u_QHD, k_THD, v_THD, cu_seqlens, ctx.norm, ctx.eps = inputs
-    ctx.save_for_backward(*output, u_QHD, k_THD, v_THD, cu_seqlens)
+    ctx.save_for_backward(*output[1:], u_QHD, k_THD, v_THD, cu_seqlens)
 
 
-def _attention_pool_gradient(ctx: Any, dout_SQHD: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _attention_pool_gradient(ctx: Any, dout_SQHD: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     return *_attention_pool_backward(dout_SQHD, *ctx.saved_tensors, ctx.norm, ctx.eps), None, None, None
 
 
