@@ -11,6 +11,7 @@ from torch import Tensor
 
 from navit import NaViT, NaViTConfig, PackedImages, pack
 from navit.model import CONFIG, WEIGHTS
+from navit_kernels import plan_pack
 
 SMALL = NaViTConfig(width=32, depth=2, heads=2, mlp_width=48, patch_size=4, num_classes=5, table_length=12)
 SWITCHES = [
@@ -185,6 +186,20 @@ def test_no_images_give_no_rows():
     assert dense == []
     assert model([[], []]).shape == (0, 5)
     assert make_model(num_classes=0)([]).shape == (0, 32)
+
+
+def test_an_empty_pack_gives_no_rows():
+    model = make_model(registers=1)
+    (one,) = pack(make_images(grids=[(1, 1)]), None, **model.config.pack_options)
+    pixels = replace(
+        one.pixels, **{name: getattr(one.pixels, name)[:0] for name in ("pixels", "offsets_S", "sizes_S2")}
+    )
+    nothing = {name: getattr(one, name)[:0] for name in ("coords", "grids", "order")}
+    empty = replace(one, pixels=pixels, cu_seqlens=one.cu_seqlens[:1], plan=plan_pack([]), **nothing)
+    rows, dense = model(empty, dense=True)
+    rows.sum().backward()
+    assert rows.shape == (0, 5)
+    assert dense == []
 
 
 @pytest.mark.parametrize(
