@@ -21,7 +21,7 @@ from .data import DataError, ImageSet, SkipReport, find_images, read_images, tra
 from .evaluate import cost_and_accuracy, majority_baseline, outputs, probabilities, score, view_batches
 from .fit import fit
 from .images import Augment, Resize
-from .info import kernel_table, machine_table, model_table
+from .info import kernel_table, machine_table, model_tables
 from .model import NaViT
 from .runs import RunFolder, UserError, load_model
 from .train import BatchStream, Settings, TrainConfig, Trainer
@@ -373,7 +373,7 @@ def info(
         except ValueError as error:
             raise UserError(f"{model} is no folder, and as a preset: {error}") from None
     placed = choose_device(device)
-    for table in (model_table(model, config), machine_table(placed), kernel_table(placed, config)):
+    for table in (*model_tables(model, config), machine_table(placed), kernel_table(placed, config)):
         out.print(table)
 
 

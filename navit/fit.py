@@ -54,9 +54,10 @@ def fit(
     right, count = round(last.accuracy * len(last.labels_S)), len(last.labels_S)
     console.print(
         f"[bold]held-out accuracy {last.accuracy:.1%}[/] ({right} of {count} images); "
-        f"always answering the majority class: {majority:.1%}"
+        f"always answering the majority class: {majority:.1%}",
+        soft_wrap=True,
     )
-    console.print(f"run folder: {run.path} (weights, metrics.jsonl, predictions.png, packs.png, curves.png)")
+    console.print(f"run folder: {run.path}, with predictions.png, packs.png and curves.png", soft_wrap=True)
     return last
 
 

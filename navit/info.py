@@ -20,19 +20,22 @@ IMAGES = ((224, 224), (512, 384), (384, 1024), (1024, 1024))  # height, width in
 OPS = Path(navit_kernels.__file__).parent
 
 
-def model_table(name: str, config: NaViTConfig) -> Table:
+def model_tables(name: str, config: NaViTConfig) -> list[Table]:
+    """Size, and cost by image size."""
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in NaViT(config).parameters())
-    table = Table("model", name, show_header=True)
-    table.add_row("parameters", f"{count / 1e6:,.2f} M")
-    table.add_row("width, depth", f"{config.width}, {config.depth}")
-    table.add_row("heads × head width", f"{config.heads} × {config.width // config.heads}")
+    size = Table("model", name)
+    size.add_row("parameters", f"{count / 1e6:,.2f} M")
+    size.add_row("width, depth", f"{config.width}, {config.depth}")
+    size.add_row("heads × head width", f"{config.heads} × {config.width // config.heads}")
+    size.add_row("QK norm", config.qk_norm)
+    cost = Table("image", "tokens", "GFLOP forward", "and backward", title_justify="left")
     for height, width in IMAGES:
         rows, columns = round(height / config.patch_size), round(width / config.patch_size)
-        forward, training = (config.flops_per_image(rows, columns, training=t) / 1e9 for t in (False, True))
-        cost = f"{rows * columns:,} tokens, {forward:,.3g} GFLOP forward, {training:,.3g} forward and backward"
-        table.add_row(f"{height} × {width} pixels", cost)
-    return table
+        if max(rows, columns) <= (config.pack_options["max_side"] or rows + columns):
+            figures = (config.flops_per_image(rows, columns, training) / 1e9 for training in (False, True))
+            cost.add_row(f"{height} × {width} pixels", f"{rows * columns:,}", *(f"{figure:,.1f}" for figure in figures))
+    return [size, cost]
 
 
 def machine_table(device: torch.device) -> Table:
@@ -56,13 +59,13 @@ def kernel_table(device: torch.device, config: NaViTConfig) -> Table:
     table = Table("op", "runs", "launch parameters")
     for folder in sorted(path.parent for path in OPS.glob("*/reference.py")):
         if device.type == "cpu":
-            table.add_row(folder.name, "reference (plain torch), as on every CPU", "")
+            table.add_row(folder.name, "reference (plain torch)", "none on a CPU")
         elif not (folder / "kernel.py").exists():
-            table.add_row(folder.name, "reference (plain torch): no kernel yet", "")
+            table.add_row(folder.name, "reference (plain torch)", "no kernel yet")
         elif importlib.util.find_spec("triton") is None:
-            table.add_row(folder.name, "none: triton is not installed", "")
+            table.add_row(folder.name, "nothing", "triton is not installed")
         else:
-            table.add_row(folder.name, "Triton kernel", "; ".join(_launches(folder.name, device, config)))
+            table.add_row(folder.name, "Triton kernel", "\n".join(_launches(folder.name, device, config)))
     return table
 
 

@@ -174,6 +174,8 @@ class Trainer:
         self.model.train()
         before = time.perf_counter()
         for packed, labels_S in batches:
+            if device.type == "cuda":
+                packed, labels_S = packed.pin_memory(), labels_S.pin_memory()
             packed, labels_S = packed.to(device, non_blocking=True), labels_S.to(device, non_blocking=True)
             rate = self.scheduler.get_last_lr()[0]
             with autocast(device):

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from drawings import write_drawings
 from PIL import Image
 
 from navit import cli, config
-from navit.train import Trainer
+from navit.train import Batch, Trainer
 
 SMALL = [
     "--preset",
@@ -186,10 +187,13 @@ def test_evaluating_on_other_classes_is_an_error(
     assert "the classes blue, red; the run has blue, green, red" in error_line(capsys)
 
 
-def test_resuming_continues_bitwise(trained: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, steps = tmp_path / "run", Trainer.run
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_resuming_continues_bitwise(device: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, run, steps = tmp_path / "whole", tmp_path / "run", Trainer.run
+    options = [*SMALL, "--save-every", "3", "--device", device]
+    assert navit("train", data, "--run", whole, *options) == 0
 
-    def interrupted(self: Trainer, batches: object) -> object:
+    def interrupted(self: Trainer, batches: Iterable[Batch]) -> Iterator[list[dict[str, float]]]:
         for arrived in steps(self, batches):
             yield arrived
             if self.step == 4:
@@ -197,16 +201,17 @@ def test_resuming_continues_bitwise(trained: Path, data: Path, tmp_path: Path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "run", interrupted)
-        assert navit("train", data, "--run", run, *SMALL, "--save-every", "3") == 1
+        assert navit("train", data, "--run", run, *options) == 1
     torch.manual_seed(999)  # a new process would not have the old one's random state
-    assert navit("train", "--resume", "--run", run, "--device", "cpu", "--workers", "0") == 0
-    assert (run / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
+    assert navit("train", "--resume", "--run", run, "--device", device, "--workers", "0") == 0
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
     def losses(folder: Path) -> list[tuple[int, float]]:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
-    assert losses(run) == losses(trained)
+    assert losses(run) == losses(whole)
+    assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_finished_run_is_not_resumed(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
