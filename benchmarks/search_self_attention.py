@@ -42,27 +42,29 @@ def variants(index: int, head_dim: int) -> list[tuple[str, ClassConfig]]:
     def forwards(launched: list[Launch], **changes: bool) -> list[ClassConfig]:
         return [replace(base, forward=one, **changes) for one in launched]
 
+    streams = launches("stream", (64,), (64,), (4,), (2, 3), (None, 128)) + launches(
+        "stream", (64,), (128,), (4,), (3,)
+    )
+    if index >= 2:
+        streams += launches("stream", (128,), (64, 128), (4, 8), (3,))
     if index <= 2:
         forward += forwards(launches("tile", (size,), (size,), (2, 4, 8)[index : index + 2], (1,)))
-        owned = launches("tile", (size,), (size,), (1, 2, 4, 8, 16)[index : index + 3], (1,))
+        caps = (None, 168, 128) if index else (None, 128)
+        owned = launches("tile", (size,), (size,), (2, 4, 8)[index : index + 2], (1,), caps)
         if index:
-            forward += forwards(launches("stream", (size,), (32, 64), (4, 8)[:index], (2, 3)), normalize_keys=True)
-            owned += launches("resident", (size,), (32, 64), (4, 8)[:index], (1, 2))
+            owned += launches("resident", (size,), (64,), (4, 8)[index - 1 : index], (1, 2), caps)
         backward += [replace(base, backward=one) for one in owned]
-    elif index == 3:
-        streams = launches("stream", (64,), (64,), (4,), (2, 3)) + launches("stream", (128,), (32, 64), (4, 8), (2, 3))
-        streams += launches("stream", (256,), (32, 64), (8,), (2, 3))
-        forward += forwards(streams, normalize_keys=True, fixed_max=True)
-        forward += forwards(streams, normalize_keys=True, fixed_max=False)
-        forward += forwards(streams, normalize_keys=False, fixed_max=True)
-        backward += [replace(base, backward=one) for one in launches("resident", (256,), (16, 32, 64), (8, 16), (1, 2))]
-    else:
-        streams = launches("stream", (64,), (32, 64, 128), (4,), (2, 3))
-        streams += launches("stream", (128,), (32, 64, 128), (4, 8), (2, 3))
-        forward += forwards(streams, fixed_max=True) + forwards(streams, fixed_max=False)
+    if index == 2:
+        forward += forwards(launches("stream", (128,), (32,), (8,), (3,)), normalize_keys=True)
+    if index == 3:
+        forward += forwards(launches("stream", (128, 256), (32, 64), (8,), (3,)), normalize_keys=True)
     if index >= 2:
-        keys = launches("stream", (32, 64), (64, 128), (4, 8), (2, 3, 4))
-        queries = launches("stream", (64, 128), (32, 64, 128), (4, 8), (2, 3))
+        for fixed_max in (True, False):
+            forward += forwards(streams, normalize_keys=False, fixed_max=fixed_max)
+        keys = launches("stream", (32, 64), (64,), (4,), (2, 3), (None, 168))
+        keys += launches("stream", (64,), (128,), (4, 8), (2, 3)) + launches("stream", (128,), (64,), (8,), (2,))
+        queries = launches("stream", (64,), (64, 128), (4,), (2, 3), (None, 168))
+        queries += launches("stream", (128,), (64, 128), (4, 8), (2,)) + queries[:1]
         backward += [replace(base, backward=a, queries=b, normalize_keys=False) for a, b in zip(keys, queries)]
     return [("forward", one) for one in forward] + [("backward", one) for one in backward]
 
@@ -105,8 +107,7 @@ def run(case: str, heads: int, head_dim: int, what: str, config: ClassConfig | N
     for event in profile.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             times.setdefault(event.name, []).append(event.device_time)
-    launched = {name: sorted(each) for name, each in times.items()}
-    return {k: round(v[len(v) // 2] * len(v) / repeats, 1) for k, v in launched.items()}, (out, grads)
+    return {name: round(sum(each) / repeats, 1) for name, each in times.items()}, (out, grads)
 
 
 def class_of(case: str) -> int:

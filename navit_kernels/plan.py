@@ -1,8 +1,8 @@
 """PackPlan: which program works on what, decided once per pack and shared by all layers.
 
 A segment's code path depends on its own length alone (the longer of its query and key side): segments fall into
-classes by CLASS_LIMITS. Up to the last limit, one work item is one whole segment. Longer ones are cut into tiles of TILE
-rows, an item each. Items stand class by class, the longest segments of a class first.
+classes by CLASS_LIMITS. Up to the last limit, one work item is one whole segment. Longer ones are cut into tiles of
+TILE rows, an item each. Items stand class by class, the longest segments of a class first.
 
 S segments, N work items.
 """
@@ -27,7 +27,7 @@ ITEM_FIELDS = 8  # q_start, q_length, k_start, k_length, tile, segment, 0, 0: on
 class PackPlan:
     """Work lists of one pack: tensors only, the same structure for every pack. Made by `plan_pack`.
 
-    cu_seqlens: int32 (S + 1,) on the device; cu_seqlens_k: the same for the key side, or None when it is the query side's.
+    cu_seqlens: int32 (S + 1,) on the device; cu_seqlens_k: the same for the key side, or None when that is the same.
     items: int32 (N, 8) on the device; see ITEM_FIELDS.
     offsets: int32 (CLASSES + 1,) on the device; class c owns items[offsets[c]:offsets[c + 1]].
     offsets_host: the same numbers on the CPU, so that a launch needs no wait for the device. Without it (None) kernels

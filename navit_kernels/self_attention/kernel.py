@@ -39,10 +39,14 @@ from .steps import (
     dot_rows,
     dot_values,
     fold_query,
+    load_pairs,
     load_rows,
     load_vector,
+    multiply,
     row_dot,
+    row_statistics,
     scale_rows,
+    store_pairs,
     store_rows,
     unit_rows,
     zeros,
@@ -64,33 +68,33 @@ def load_weights(
     Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
-    """γq, βq, γk of a head; a stride is 0 where all heads share a vector."""
+    """(gain, shift) = (γq γk, βq γk) of a head; a stride is 0 where all heads share a vector."""
+    k_weight = load_vector(k_weight_ptr + h * k_weight_stride, K_WEIGHT, 1.0, D, D1, D2)
     q_weight = load_vector(q_weight_ptr + h * q_weight_stride, Q_WEIGHT, 1.0, D, D1, D2)
     q_bias = load_vector(q_bias_ptr + h * q_bias_stride, Q_BIAS, 0.0, D, D1, D2)
-    k_weight = load_vector(k_weight_ptr + h * k_weight_stride, K_WEIGHT, 1.0, D, D1, D2)
-    return q_weight, q_bias, k_weight
+    return multiply(q_weight, k_weight), multiply(q_bias, k_weight)
 
 
 @triton.jit
 def folded_query(
-    q, q_weight, q_bias, k_weight, q_eps, fold_scale, Q_NORM: tl.constexpr, CENTRE: tl.constexpr, FOLD: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    q, gain, shift, q_eps, fold_scale, Q_NORM: tl.constexpr, CENTRE: tl.constexpr, FOLD: tl.constexpr,
+    GAIN: tl.constexpr, SHIFT: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
-    """u of raw query rows; q itself where nothing is folded in."""
+    """(u, mean, r) of raw query rows; u is q itself where nothing is folded in."""
+    mean, r = row_statistics(q, q_eps, Q_NORM, D, D1, D2)
     if FOLD:
-        q_hat, r = unit_rows(q, q_eps, Q_NORM, D, D1, D2)
-        return fold_query(q_hat, q_weight, q_bias, k_weight, fold_scale, q[0].dtype, CENTRE, D, D1, D2)
+        q_hat = unit_rows(q, mean, r, Q_NORM, D, D1, D2)
+        u = fold_query(q_hat, gain, shift, fold_scale, q[0].dtype, CENTRE, GAIN, SHIFT, D, D1, D2)
     else:
-        return q
+        u = q
+    return u, mean, r
 
 
 @triton.jit
 def normalized_keys(k, k_eps, K_NORM: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    if K_NORM == NONE:
-        return k
-    else:
-        k_hat, r = unit_rows(k, k_eps, K_NORM, D, D1, D2)
-        return cast(k_hat, k[0].dtype)
+    """(k̂ in k's dtype, r)."""
+    mean, r = row_statistics(k, k_eps, K_NORM, D, D1, D2)
+    return cast(unit_rows(k, mean, r, K_NORM, D, D1, D2), k[0].dtype), r
 
 
 @triton.jit
@@ -125,13 +129,15 @@ def forward_tile(
     k = load_rows(k_ptr + h * k_stride_h, k_start, offs, k_stride_t, mask_k, D, D1, D2)
     q = load_rows(q_ptr + h * q_stride_h, q_start, offs, q_stride_t, mask_q, D, D1, D2)
     v = load_rows(v_ptr + h * v_stride_h, k_start, offs, v_stride_t, mask_k, D, D1, D2)
-    q_weight, q_bias, k_weight = load_weights(
+    gain, shift = load_weights(
         q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
         Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
     )  # fmt: skip
 
-    k_hat = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
-    u = folded_query(q, q_weight, q_bias, k_weight, q_eps, fold_scale, Q_NORM, False, FOLD, D, D1, D2)
+    k_hat, _ = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
+    u, _, _ = folded_query(
+        q, gain, shift, q_eps, fold_scale, Q_NORM, False, FOLD, Q_WEIGHT or K_WEIGHT, Q_BIAS, D, D1, D2
+    )
     s = dot_rows(u, k_hat, PRECISION)  # [BLOCK, BLOCK]
     if not FOLD:
         s *= score_scale
@@ -153,7 +159,7 @@ def key_sizes(
     H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr,
     CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """r_k of a tile of ROWS keys, float32 (H, T): K is read once here and never again for its norm."""
+    """(r_k, mean) of a tile of ROWS keys, float32 (H, T, 2): K is read once here and never again for its norm."""
     first, count = work_range(offsets_ptr, first_item, H, CLASS, ON_DEVICE)
     work = tl.program_id(0)
     if ON_DEVICE and work >= count:
@@ -164,8 +170,8 @@ def key_sizes(
     offs = tl.arange(0, ROWS)
     mask = row + offs < k_length
     k = load_rows(k_ptr + h * k_stride_h, k_start + row, offs, k_stride_t, mask, D, D1, D2)
-    k_hat, r = unit_rows(k, k_eps, K_NORM, D, D1, D2)
-    tl.store(r_ptr + h.to(tl.int64) * tokens + k_start + row + offs, r, mask=mask)
+    mean, r = row_statistics(k, k_eps, K_NORM, D, D1, D2)
+    store_pairs(r_ptr + h.to(tl.int64) * tokens * 2, k_start + row, offs, r, mean, mask)
 
 
 @triton.jit
@@ -180,10 +186,11 @@ def stream_step(
     mask = n0 + offs < k_length if MASKED else tl.full([BLOCK_N], True, tl.int1)
     k = load_rows(k_ptr, first_key + n0, offs, k_stride_t, mask, D, D1, D2)
     if NORMALIZE_KEYS:
-        k = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
+        k, _ = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
     s = dot_rows(u, k, PRECISION)  # [BLOCK_M, BLOCK_N]
     if K_NORM != NONE and not NORMALIZE_KEYS:
-        s *= tl.load(r_ptr + first_key + n0 + offs, mask=mask, other=0.0)[None, :]
+        r, _ = load_pairs(r_ptr, first_key + n0, offs, mask, 0.0)
+        s *= r[None, :]
     if not FOLD:
         s *= score_scale
     if MASKED:
@@ -251,14 +258,16 @@ def forward_stream(
     mask = row + offs < q_length
     k_length = tl.where(row < q_length, k_length, 0)
     q = load_rows(q_ptr + h * q_stride_h, q_start + row, offs, q_stride_t, mask, D, D1, D2)
-    q_weight, q_bias, k_weight = load_weights(
+    gain, shift = load_weights(
         q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
         Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
     )  # fmt: skip
-    u = folded_query(q, q_weight, q_bias, k_weight, q_eps, fold_scale, Q_NORM, CENTRE, FOLD, D, D1, D2)
+    u, _, _ = folded_query(
+        q, gain, shift, q_eps, fold_scale, Q_NORM, CENTRE, FOLD, Q_WEIGHT or K_WEIGHT, Q_BIAS, D, D1, D2
+    )
     k_base = k_ptr + h * k_stride_h
     v_base = v_ptr + h * v_stride_h
-    r_base = r_ptr + h.to(tl.int64) * tokens_k
+    r_base = r_ptr + h.to(tl.int64) * tokens_k * 2
 
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if TRY_FIXED_MAX:

@@ -9,7 +9,9 @@ Three ways, by the segment's length. Each gradient element has one writer, so re
 - backward_prepare, backward_keys, backward_queries for long segments: u into dq's memory and Δ; then programs that own
   keys (dk, dv); then programs that own queries (dq over u). Seven products.
 
-Gradients of γq, βq, γk are summed by program into `partials` (N, SPLITS, H, 3, D), then by sum_partials in a fixed order.
+The weights' gradients follow from A = Σ_i dt_i ⊙ q̂_i and B = Σ_i dt_i:
+dγq = γk ⊙ A, dβq = γk ⊙ B, dγk = γq ⊙ A + βq ⊙ B. A, and B where there is a βq, are summed by program into `partials`
+(N, H, D or 2D), then by sum_partials in a fixed order.
 """
 
 from __future__ import annotations
@@ -22,12 +24,17 @@ from .steps import (
     LAYER_NORM,
     NONE,
     cast,
+    column_dot,
+    column_sum,
     dot_rows,
     dot_values,
+    load_pairs,
     load_rows,
     query_gradient,
     row_dot,
-    scale_rows,
+    row_statistics,
+    scale_all,
+    store_pairs,
     store_rows,
     store_vector,
     unit_rows,
@@ -35,39 +42,32 @@ from .steps import (
     zeros,
 )
 
-LN_2 = tl.constexpr(0.6931471805599453)
-
 
 @triton.jit
 def store_query_gradient(
-    du, q_ptr, dq_ptr, partials_ptr, partial, h, first_row, offs, mask, q_stride_t, dq_stride_t,
-    q_weight, q_bias, k_weight, q_eps, softmax_scale, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, Q_NORM: tl.constexpr, CENTRE: tl.constexpr, WEIGHT_GRADS: tl.constexpr,
+    du, q, dq_ptr, partials_ptr, partial, h, first_row, offs, mask, dq_stride_t, mean, r, gain, q_eps, softmax_scale,
+    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    Q_NORM: tl.constexpr, CENTRE: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr, WEIGHT_GRADS: tl.constexpr,
 ):  # fmt: skip
-    """The epilogue of every program that owns query rows. q is loaded again: keeping it costs registers in the loop."""
-    q = load_rows(q_ptr, first_row, offs, q_stride_t, mask, D, D1, D2)
-    q_hat, r = unit_rows(q, q_eps, Q_NORM, D, D1, D2)
-    dq, d_q_weight, d_q_bias, d_k_weight = query_gradient(
-        du, q_hat, r, q_weight, q_bias, k_weight, q_eps, softmax_scale, Q_NORM, CENTRE, D, D1, D2
-    )
+    """The epilogue of every program that owns query rows."""
+    q_hat = unit_rows(q, mean, r, Q_NORM, D, D1, D2)
+    dq, dt = query_gradient(du, q_hat, r, gain, q_eps, softmax_scale, Q_NORM, CENTRE, GAIN, D, D1, D2)
     store_rows(dq_ptr, first_row, offs, dq_stride_t, mask, dq, D, D1, D2)
     if WEIGHT_GRADS:
-        base = partials_ptr + (partial.to(tl.int64) * H + h) * (3 * D)
-        store_vector(base, d_q_weight, D, D1, D2)
-        store_vector(base + D, d_q_bias, D, D1, D2)
-        store_vector(base + 2 * D, d_k_weight, D, D1, D2)
+        base = partials_ptr + (partial.to(tl.int64) * H + h) * (D * (1 + SHIFT))
+        store_vector(base, column_dot(dt, q_hat), D, D1, D2)
+        if SHIFT:
+            store_vector(base + D, column_sum(dt), D, D1, D2)
 
 
 @triton.jit
 def store_key_gradient(
-    g, k_ptr, dk_ptr, first_row, offs, mask, k_stride_t, dk_stride_t, k_eps, key_factor,
+    g, k_hat, r, dk_ptr, first_row, offs, mask, dk_stride_t, k_eps, key_factor,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr,
 ):  # fmt: skip
-    """dk of Gᵀu: the factor that u lacks or has too much, and the norm's backward, from K loaded again."""
-    k = load_rows(k_ptr, first_row, offs, k_stride_t, mask, D, D1, D2)
-    k_hat, r = unit_rows(k, k_eps, K_NORM, D, D1, D2)
-    factor = tl.full([k[0].shape[0]], 1.0, tl.float32) * key_factor
-    dk = unit_rows_backward(scale_rows(g, factor), k_hat, r, k_eps, K_NORM, D, D1, D2)
+    """dk from Gᵀu: the factor between it and dk̂, and the norm's backward."""
+    g = scale_all(g, key_factor)
+    dk = unit_rows_backward(g, cast(k_hat, tl.float32), r, k_eps, K_NORM, D, D1, D2)
     store_rows(dk_ptr, first_row, offs, dk_stride_t, mask, dk, D, D1, D2)
 
 
@@ -98,13 +98,15 @@ def backward_tile(
     q = load_rows(q_base, q_start, offs, q_stride_t, mask_q, D, D1, D2)
     v = load_rows(v_ptr + h * v_stride_h, k_start, offs, v_stride_t, mask_k, D, D1, D2)
     dout = load_rows(dout_ptr + h * dout_stride_h, q_start, offs, dout_stride_t, mask_q, D, D1, D2)
-    q_weight, q_bias, k_weight = load_weights(
+    gain, shift = load_weights(
         q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
         Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
     )  # fmt: skip
 
-    k_hat = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
-    u = folded_query(q, q_weight, q_bias, k_weight, q_eps, fold_scale, Q_NORM, False, FOLD, D, D1, D2)
+    k_hat, k_r = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
+    u, q_mean, q_r = folded_query(
+        q, gain, shift, q_eps, fold_scale, Q_NORM, False, FOLD, Q_WEIGHT or K_WEIGHT, Q_BIAS, D, D1, D2
+    )
     s = dot_rows(u, k_hat, PRECISION)  # [BLOCK queries, BLOCK keys]
     if not FOLD:
         s *= score_scale
@@ -119,13 +121,15 @@ def backward_tile(
     g = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(u[0].dtype)
     a = dot_values(tl.trans(g), u, zeros(BLOCK, D1, D2), PRECISION)
     store_key_gradient(
-        a, k_base, dk_ptr + h * D, k_start, offs, mask_k, k_stride_t, dk_stride_t, k_eps, key_factor,
+        a, k_hat, k_r, dk_ptr + h * D, k_start, offs, mask_k, dk_stride_t, k_eps, key_factor,
         D, D1, D2, K_NORM,
     )  # fmt: skip
     du = dot_values(g, k_hat, zeros(BLOCK, D1, D2), PRECISION)
+    q = load_rows(q_base, q_start, offs, q_stride_t, mask_q, D, D1, D2)  # again: keeping it would cost registers
     store_query_gradient(
-        du, q_base, dq_ptr + h * D, partials_ptr, item * SPLITS, h, q_start, offs, mask_q, q_stride_t, dq_stride_t,
-        q_weight, q_bias, k_weight, q_eps, softmax_scale, H, D, D1, D2, Q_NORM, False, WEIGHT_GRADS,
+        du, q, dq_ptr + h * D, partials_ptr, item * SPLITS, h, q_start, offs, mask_q, dq_stride_t,
+        q_mean, q_r, gain, q_eps, softmax_scale, H, D, D1, D2, Q_NORM, False,
+            Q_WEIGHT or K_WEIGHT, Q_BIAS, WEIGHT_GRADS,
     )  # fmt: skip
 
 
@@ -156,12 +160,14 @@ def backward_resident(
     dout = load_rows(dout_ptr + h * dout_stride_h, q_start, offs_m, dout_stride_t, mask_m, D, D1, D2)
     out = load_rows(out_ptr + h * D, q_start, offs_m, H * D, mask_m, D, D1, D2)
     lse = tl.load(lse_ptr + h.to(tl.int64) * tokens + q_start + offs_m, mask=mask_m, other=float("inf"))
-    q_weight, q_bias, k_weight = load_weights(
+    gain, shift = load_weights(
         q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
         Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
     )  # fmt: skip
     delta = row_dot(cast(out, tl.float32), cast(dout, tl.float32))
-    u = folded_query(q, q_weight, q_bias, k_weight, q_eps, fold_scale, Q_NORM, False, FOLD, D, D1, D2)
+    u, q_mean, q_r = folded_query(
+        q, gain, shift, q_eps, fold_scale, Q_NORM, False, FOLD, Q_WEIGHT or K_WEIGHT, Q_BIAS, D, D1, D2
+    )
 
     du = zeros(BLOCK_M, D1, D2)
     for n0 in range(0, k_length, BLOCK_N):
@@ -170,7 +176,7 @@ def backward_resident(
         first_key = k_start + n0
         k = load_rows(k_base, first_key, offs_n, k_stride_t, mask_n, D, D1, D2)
         v = load_rows(v_ptr + h * v_stride_h, first_key, offs_n, v_stride_t, mask_n, D, D1, D2)
-        k_hat = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
+        k_hat, k_r = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
         s = dot_rows(u, k_hat, PRECISION)  # [BLOCK_M, BLOCK_N]
         if not FOLD:
             s *= score_scale
@@ -181,26 +187,28 @@ def backward_resident(
         g = (p * (dp - delta[:, None])).to(u[0].dtype)
         a = dot_values(tl.trans(g), u, zeros(BLOCK_N, D1, D2), PRECISION)
         store_key_gradient(
-            a, k_base, dk_ptr + h * D, first_key, offs_n, mask_n, k_stride_t, dk_stride_t, k_eps, key_factor,
+            a, k_hat, k_r, dk_ptr + h * D, first_key, offs_n, mask_n, dk_stride_t, k_eps, key_factor,
             D, D1, D2, K_NORM,
         )  # fmt: skip
         du = dot_values(g, k_hat, du, PRECISION)
+    q = load_rows(q_base, q_start, offs_m, q_stride_t, mask_m, D, D1, D2)  # again: keeping it would cost registers
     store_query_gradient(
-        du, q_base, dq_ptr + h * D, partials_ptr, item * SPLITS, h, q_start, offs_m, mask_m, q_stride_t,
-        dq_stride_t, q_weight, q_bias, k_weight, q_eps, softmax_scale, H, D, D1, D2, Q_NORM, False, WEIGHT_GRADS,
+        du, q, dq_ptr + h * D, partials_ptr, item * SPLITS, h, q_start, offs_m, mask_m, dq_stride_t,
+        q_mean, q_r, gain, q_eps, softmax_scale, H, D, D1, D2, Q_NORM, False,
+            Q_WEIGHT or K_WEIGHT, Q_BIAS, WEIGHT_GRADS,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_item", "tokens"])
 def backward_prepare(
-    q_ptr, out_ptr, dout_ptr, dq_ptr, delta_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr,
+    q_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, rows_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr,
     first_item, q_stride_t, q_stride_h, dout_stride_t, dout_stride_h, dq_stride_t,
     q_weight_stride, q_bias_stride, k_weight_stride, tokens, q_eps, fold_scale,
     H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, CENTRE: tl.constexpr,
     Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
     CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """u into dq's memory, which is free until backward_queries writes dq there; Δ into delta, float32 (H, T)."""
+    """u into dq's memory, free until backward_queries writes dq there; (lse, Δ) into rows, float32 (H, T, 2)."""
     SPLIT: tl.constexpr = ROWS // BLOCK
     first, count = work_range(offsets_ptr, first_item, H * SPLIT, CLASS, ON_DEVICE)
     work = tl.program_id(0)
@@ -214,19 +222,23 @@ def backward_prepare(
     q = load_rows(q_ptr + h * q_stride_h, q_start + row, offs, q_stride_t, mask, D, D1, D2)
     out = load_rows(out_ptr + h * D, q_start + row, offs, H * D, mask, D, D1, D2)
     dout = load_rows(dout_ptr + h * dout_stride_h, q_start + row, offs, dout_stride_t, mask, D, D1, D2)
-    q_weight, q_bias, k_weight = load_weights(
+    gain, shift = load_weights(
         q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
         Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
     )  # fmt: skip
-    u = folded_query(q, q_weight, q_bias, k_weight, q_eps, fold_scale, Q_NORM, CENTRE, FOLD, D, D1, D2)
+    u, _, _ = folded_query(
+        q, gain, shift, q_eps, fold_scale, Q_NORM, CENTRE, FOLD, Q_WEIGHT or K_WEIGHT, Q_BIAS, D, D1, D2
+    )
     store_rows(dq_ptr + h * D, q_start + row, offs, dq_stride_t, mask, u, D, D1, D2)
     delta = row_dot(cast(out, tl.float32), cast(dout, tl.float32))
-    tl.store(delta_ptr + h.to(tl.int64) * tokens + q_start + row + offs, delta, mask=mask)
+    head = h.to(tl.int64) * tokens
+    lse = tl.load(lse_ptr + head + q_start + row + offs, mask=mask, other=0.0)
+    store_pairs(rows_ptr + head * 2, q_start + row, offs, lse, delta, mask)
 
 
 @triton.jit
 def keys_step(
-    dv, a, k, r, v, u_ptr, dout_ptr, lse_ptr, delta_ptr, first_query, m0, q_length, u_stride_t, dout_stride_t,
+    dv, a, k, r, v, u_ptr, dout_ptr, rows_ptr, first_query, m0, q_length, u_stride_t, dout_stride_t,
     score_scale, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, FOLD: tl.constexpr, SCALE_ROWS: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -235,14 +247,15 @@ def keys_step(
     mask = m0 + offs < q_length if MASKED else tl.full([BLOCK_M], True, tl.int1)
     u = load_rows(u_ptr, first_query + m0, offs, u_stride_t, mask, D, D1, D2)
     dout = load_rows(dout_ptr, first_query + m0, offs, dout_stride_t, mask, D, D1, D2)
-    lse = tl.load(lse_ptr + first_query + m0 + offs, mask=mask, other=float("inf"))
-    delta = tl.load(delta_ptr + first_query + m0 + offs, mask=mask, other=0.0)
+    lse, delta = load_pairs(rows_ptr, first_query + m0, offs, mask, 0.0)
     s = dot_rows(k, u, PRECISION)  # [BLOCK_N, BLOCK_M]
     if SCALE_ROWS:
         s *= r[:, None]
     if not FOLD:
         s *= score_scale
     p = tl.exp2(s - lse[None, :])
+    if MASKED:
+        p = tl.where(mask[None, :], p, 0.0)
     dv = dot_values(p.to(dout[0].dtype), dout, dv, PRECISION)
     dp = dot_rows(v, dout, PRECISION)
     g = p * (dp - delta[None, :])
@@ -252,7 +265,7 @@ def keys_step(
 
 @triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def backward_keys(
-    k_ptr, v_ptr, u_ptr, dout_ptr, lse_ptr, delta_ptr, r_ptr, dk_ptr, dv_ptr, items_ptr, offsets_ptr, first_item,
+    k_ptr, v_ptr, u_ptr, dout_ptr, rows_ptr, r_ptr, dk_ptr, dv_ptr, items_ptr, offsets_ptr, first_item,
     k_stride_t, k_stride_h, v_stride_t, v_stride_h, u_stride_t, dout_stride_t, dout_stride_h, dk_stride_t, dv_stride_t,
     tokens, tokens_k, k_eps, score_scale, key_factor,
     H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr, FOLD: tl.constexpr,
@@ -277,31 +290,34 @@ def backward_keys(
     k = load_rows(k_base, first_key, offs, k_stride_t, mask, D, D1, D2)
     v = load_rows(v_ptr + h * v_stride_h, first_key, offs, v_stride_t, mask, D, D1, D2)
     if NORMALIZE_KEYS:
-        k = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
+        k, _ = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
     if SCALE_ROWS:
-        r = tl.load(r_ptr + h.to(tl.int64) * tokens_k + first_key + offs, mask=mask, other=0.0)
+        r, _ = load_pairs(r_ptr + h.to(tl.int64) * tokens_k * 2, first_key, offs, mask, 0.0)
     else:
         r = tl.full([BLOCK_N], 1.0, tl.float32)
     u_base = u_ptr + h * D
     dout_base = dout_ptr + h * dout_stride_h
-    lse_base = lse_ptr + h.to(tl.int64) * tokens
-    delta_base = delta_ptr + h.to(tl.int64) * tokens
+    rows_base = rows_ptr + h.to(tl.int64) * tokens * 2
     dv = zeros(BLOCK_N, D1, D2)
     a = zeros(BLOCK_N, D1, D2)
     whole = q_length // BLOCK_M * BLOCK_M
     for m0 in range(0, whole, BLOCK_M):
         dv, a = keys_step(
-            dv, a, k, r, v, u_base, dout_base, lse_base, delta_base, q_start, m0, q_length, u_stride_t,
+            dv, a, k, r, v, u_base, dout_base, rows_base, q_start, m0, q_length, u_stride_t,
             dout_stride_t, score_scale, D, D1, D2, FOLD, SCALE_ROWS, False, BLOCK_M, PRECISION,
         )  # fmt: skip
     if whole < q_length:
         dv, a = keys_step(
-            dv, a, k, r, v, u_base, dout_base, lse_base, delta_base, q_start, whole, q_length, u_stride_t,
+            dv, a, k, r, v, u_base, dout_base, rows_base, q_start, whole, q_length, u_stride_t,
             dout_stride_t, score_scale, D, D1, D2, FOLD, SCALE_ROWS, True, BLOCK_M, PRECISION,
         )  # fmt: skip
     store_rows(dv_ptr + h * D, first_key, offs, dv_stride_t, mask, dv, D, D1, D2)
+    # k is loaded again: keeping it costs registers in the loop
+    k = load_rows(k_base, first_key, offs, k_stride_t, mask, D, D1, D2)
+    k_mean, k_r = row_statistics(k, k_eps, K_NORM, D, D1, D2)
+    k_hat = unit_rows(k, k_mean, k_r, K_NORM, D, D1, D2)
     store_key_gradient(
-        a, k_base, dk_ptr + h * D, first_key, offs, mask, k_stride_t, dk_stride_t, k_eps, key_factor,
+        a, k_hat, k_r, dk_ptr + h * D, first_key, offs, mask, dk_stride_t, k_eps, key_factor,
         D, D1, D2, K_NORM,
     )  # fmt: skip
 
@@ -318,11 +334,11 @@ def queries_step(
     k = load_rows(k_ptr, first_key + n0, offs, k_stride_t, mask, D, D1, D2)
     v = load_rows(v_ptr, first_key + n0, offs, v_stride_t, mask, D, D1, D2)
     if NORMALIZE_KEYS:
-        k = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
+        k, _ = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
     s = dot_rows(u, k, PRECISION)  # [BLOCK_M, BLOCK_N]
     SCALE_COLUMNS: tl.constexpr = K_NORM != NONE and not NORMALIZE_KEYS
     if SCALE_COLUMNS:
-        r = tl.load(r_ptr + first_key + n0 + offs, mask=mask, other=0.0)
+        r, _ = load_pairs(r_ptr, first_key + n0, offs, mask, 0.0)
         s *= r[None, :]
     if not FOLD:
         s *= score_scale
@@ -338,7 +354,7 @@ def queries_step(
 
 @triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def backward_queries(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, r_ptr, dq_ptr, partials_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, r_ptr, dq_ptr, partials_ptr,
     q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr, first_item,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, dout_stride_t, dout_stride_h, dq_stride_t,
     q_weight_stride, q_bias_stride, k_weight_stride, tokens, tokens_k, q_eps, k_eps, score_scale, softmax_scale,
@@ -367,11 +383,10 @@ def backward_queries(
     dq_base = dq_ptr + h * D
     u = load_rows(dq_base, first_row, offs, dq_stride_t, mask, D, D1, D2)
     dout = load_rows(dout_ptr + h * dout_stride_h, first_row, offs, dout_stride_t, mask, D, D1, D2)
-    lse = tl.load(lse_ptr + h.to(tl.int64) * tokens + first_row + offs, mask=mask, other=float("inf"))
-    delta = tl.load(delta_ptr + h.to(tl.int64) * tokens + first_row + offs, mask=mask, other=0.0)
+    lse, delta = load_pairs(rows_ptr + h.to(tl.int64) * tokens * 2, first_row, offs, mask, 0.0)
     k_base = k_ptr + h * k_stride_h
     v_base = v_ptr + h * v_stride_h
-    r_base = r_ptr + h.to(tl.int64) * tokens_k
+    r_base = r_ptr + h.to(tl.int64) * tokens_k * 2
     du = zeros(BLOCK_M, D1, D2)
     whole = k_length // BLOCK_N * BLOCK_N
     for n0 in range(0, whole, BLOCK_N):
@@ -384,14 +399,16 @@ def backward_queries(
             du, u, dout, lse, delta, k_base, v_base, r_base, k_start, whole, k_length, k_stride_t, v_stride_t, k_eps,
             score_scale, D, D1, D2, K_NORM, FOLD, NORMALIZE_KEYS, True, BLOCK_N, PRECISION,
         )  # fmt: skip
-    q_weight, q_bias, k_weight = load_weights(
+    gain, shift = load_weights(
         q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
         Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
     )  # fmt: skip
+    q = load_rows(q_ptr + h * q_stride_h, first_row, offs, q_stride_t, mask, D, D1, D2)
+    q_mean, q_r = row_statistics(q, q_eps, Q_NORM, D, D1, D2)
     store_query_gradient(
-        du, q_ptr + h * q_stride_h, dq_base, partials_ptr, item * SPLITS + part, h, first_row, offs, mask,
-        q_stride_t, dq_stride_t, q_weight, q_bias, k_weight, q_eps, softmax_scale, H, D, D1, D2, Q_NORM, CENTRE,
-        WEIGHT_GRADS,
+        du, q, dq_base, partials_ptr, item * SPLITS + part, h, first_row, offs, mask, dq_stride_t,
+        q_mean, q_r, gain, q_eps, softmax_scale, H, D, D1, D2, Q_NORM, CENTRE,
+        Q_WEIGHT or K_WEIGHT, Q_BIAS, WEIGHT_GRADS,
     )  # fmt: skip
 
 

@@ -15,8 +15,6 @@ from ..plan import CLASS_LIMITS, CLASSES, ITEM_FIELDS, TILE, max_items
 from . import kernel, kernel_backward
 from .config import ClassConfig, Launch, choose_config, rows_of_class, split_head_dim
 
-
-
 PREPARE_ROWS = 32  # of a program of backward_prepare, which only streams rows
 
 
@@ -77,6 +75,7 @@ class Launcher:
         self.arch = architecture(q.device)
         self.bits = q.element_size() * 8
         self.fold = norms.q_kind != 0 or any(w is not None for w in (norms.q_weight, norms.q_bias, norms.k_weight))
+        self.shift = norms.q_bias is not None
         self.fold_scale = softmax_scale * math.log2(math.e)
         self.score_scale = 1.0 if self.fold else self.fold_scale
         self.key_factor = math.log(2) if self.fold else softmax_scale
@@ -140,13 +139,13 @@ class Launcher:
 
 
 def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(out_THD, lse_HT in units of log2 and without βk's share, r_HT). lse and r are empty where they aren't needed."""
+    """(out_THD, lse_HT in units of log2 and without βk's share, r_HT2); lse and r are empty where not needed."""
     q, k, v, norms = call.q, call.k, call.v, call.norms
     tokens, tokens_k = q.shape[0], k.shape[0]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((call.heads, tokens) if save_lse else (0,), dtype=torch.float32, device=q.device)
     needs_r = norms.k_kind != 0 and call.bits != 32
-    r = torch.empty((call.heads, tokens_k) if needs_r else (0,), dtype=torch.float32, device=q.device)
+    r = torch.empty((call.heads, tokens_k, 2) if needs_r else (0,), dtype=torch.float32, device=q.device)
     if tokens == 0:
         return out, lse, r
     common = dict(
@@ -196,7 +195,8 @@ def backward(
     if weight_grads:
         # with splits, items of other classes leave gaps
         make = torch.empty if splits == 1 else torch.zeros
-        partials = make(call.items.shape[0] * splits, call.heads, 3 * call.width, dtype=torch.float32, device=q.device)
+        shape = (call.items.shape[0] * splits, call.heads, call.width * (1 + call.shift))
+        partials = make(shape, dtype=torch.float32, device=q.device)
     grads = dict(partials_ptr=partials, WEIGHT_GRADS=weight_grads, SPLITS=splits, softmax_scale=call.softmax_scale)
     eps = dict(q_eps=norms.q_eps, k_eps=norms.k_eps)
     kinds = dict(Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold)
@@ -204,7 +204,7 @@ def backward(
     score = dict(score_scale=call.score_scale, PRECISION=call.precision())
     factor = dict(key_factor=call.key_factor)
     inputs = call.rows(q=q, k=k, v=v, dout=dout)
-    delta = None
+    row_pairs = None
     for index, config in configs.items():
         launch = config.backward
         base = dict(**call.shape, **call.work(index), **compile_options(launch))
@@ -223,27 +223,39 @@ def backward(
         rows, queries = rows_of_class(index), config.queries
         normalize_keys = config.normalize_keys and norms.k_kind != 0
         r_or_any = r if r.numel() else lse
-        if delta is None:
-            delta = torch.empty_like(lse)
+        if row_pairs is None:
+            row_pairs = torch.empty(*lse.shape, 2, dtype=torch.float32, device=q.device)
         kernel_backward.backward_prepare[call.grid(index, rows // PREPARE_ROWS)](
             **call.shape, **call.work(index), **call.rows(q=q, dout=dout), **call.outputs(dq=dq), **call.weights(),
-            **fold, out_ptr=out, delta_ptr=delta, tokens=tokens, q_eps=norms.q_eps, Q_NORM=norms.q_kind,
+            **fold, out_ptr=out, lse_ptr=lse, rows_ptr=row_pairs, tokens=tokens, q_eps=norms.q_eps, Q_NORM=norms.q_kind,
             FOLD=call.fold, CENTRE=norms.k_kind == NORM_CODES["layer_norm"] and not normalize_keys, ROWS=rows,
             BLOCK=PREPARE_ROWS, num_warps=4,
         )  # fmt: skip
         kernel_backward.backward_keys[call.grid(index, rows // launch.block_n)](
             **base, **call.rows(k=k, v=v, dout=dout), **call.outputs(dk=dk, dv=dv), **score, **factor, u_ptr=dq,
-            u_stride_t=dq.stride(0), lse_ptr=lse, delta_ptr=delta, r_ptr=r_or_any, tokens=tokens, tokens_k=tokens_k,
+            u_stride_t=dq.stride(0), rows_ptr=row_pairs, r_ptr=r_or_any, tokens=tokens, tokens_k=tokens_k,
             k_eps=norms.k_eps, K_NORM=norms.k_kind, FOLD=call.fold, ROWS=rows, BLOCK_M=launch.block_m,
             BLOCK_N=launch.block_n, NORMALIZE_KEYS=normalize_keys,
         )  # fmt: skip
         base.update(compile_options(queries))
         kernel_backward.backward_queries[call.grid(index, rows // queries.block_m)](
             **base, **inputs, **call.outputs(dq=dq), **call.weights(), **grads, **eps, **kinds, **score,
-            lse_ptr=lse, delta_ptr=delta, r_ptr=r_or_any, tokens=tokens, tokens_k=tokens_k, ROWS=rows,
+            rows_ptr=row_pairs, r_ptr=r_or_any, tokens=tokens, tokens_k=tokens_k, ROWS=rows,
             BLOCK_M=queries.block_m, BLOCK_N=queries.block_n, NORMALIZE_KEYS=normalize_keys,
         )  # fmt: skip
-    return sum_partials(call, partials, splits) if weight_grads else None
+    return weight_gradients(norms, sum_partials(call, partials, splits), call.width) if weight_grads else None
+
+
+def weight_gradients(norms: Norms, sums_HW: Tensor, width: int) -> Tensor:
+    """(H, 3, D) of γq, βq, γk from A and, where there is a βq, B; see kernel_backward.py."""
+    a_HD, b_HD = sums_HW[:, :width], sums_HW[:, width:]
+    q_weight, q_bias, k_weight = (
+        default if weight is None else weight.float()
+        for weight, default in ((norms.q_weight, 1.0), (norms.q_bias, 0.0), (norms.k_weight, 1.0))
+    )
+    if norms.q_bias is None:
+        return torch.stack([a_HD * k_weight, torch.zeros_like(a_HD), a_HD * q_weight], 1)
+    return torch.stack([a_HD * k_weight, b_HD * k_weight, a_HD * q_weight + b_HD * q_bias], 1)
 
 
 def sum_partials(call: Launcher, partials: Tensor, splits: int) -> Tensor:
@@ -254,4 +266,4 @@ def sum_partials(call: Launcher, partials: Tensor, splits: int) -> Tensor:
         partials, sums, call.offsets, H=heads, WIDTH=width, SPLITS=splits, CLASSES=CLASSES, CHUNK=chunk, BLOCK=16,
         BLOCK_W=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
-    return sums.sum(0).view(heads, 3, call.width)
+    return sums.sum(0)

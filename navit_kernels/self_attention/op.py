@@ -39,8 +39,9 @@ def varlen_attention(
         multiple of 8 from 16 to 128. Any strides over T and H, so that views of one (T, 3, H, D) tensor are read in
         place; autograd then copies their three gradients into one, which `varlen_attention_qkvpacked` avoids.
     cu_seqlens: (S + 1,) int32: segment s owns the tokens cu_seqlens[s] : cu_seqlens[s + 1]; starts at 0, never
-        decreases, ends at T. Segments of length 0 are legal. cu_seqlens_k: the same for k and v where their lengths differ (cross
-        attention); a query of a segment without keys gets zeros.
+        decreases, ends at T. Segments of length 0 are legal.
+    cu_seqlens_k: the same for k and v where their lengths differ (cross attention); a query of a segment without keys
+        gets zeros.
     q_norm, k_norm: HeadNorm or None. Gradients flow to weights and biases. A bias of k_norm changes no output, and its
         gradient is exactly zero.
     softmax_scale: D ** -0.5 by default.
@@ -54,10 +55,10 @@ def varlen_attention(
         saves normalized q and k for the backward.
 
     Returns out_THD, or (out_THD, lse_HT). The kernels promise, forward and backward: the same bits for the same
-    inputs; the same bits for a segment whatever else is in the pack and wherever it stands; nothing from other segments, NaN and
-    inf included. No call waits for the device. Values of cu_seqlens are checked on CPU tensors only
-    (`navit_kernels._checks.check_cu_seqlens_values` checks them anywhere, on request): wrong values on a GPU give wrong
-    numbers, never a wrong address.
+    inputs; the same bits for a segment whatever else is in the pack and wherever it stands; nothing from other
+    segments, NaN and inf included. No call waits for the device. Values of cu_seqlens are checked on CPU tensors only
+    (`navit_kernels._checks.check_cu_seqlens_values` checks them anywhere, on request): wrong values on a GPU give
+    wrong numbers, never a wrong address.
 
     Raises ValueError naming the argument, what was expected and what came.
     """
@@ -214,7 +215,8 @@ torch.library.define(
 torch.library.define("navit_kernels::varlen_attention", f"({_SHARED}, bool keep_lse) -> (Tensor, Tensor, Tensor)")
 torch.library.define(
     "navit_kernels::varlen_attention_backward",
-    f"(Tensor dout, Tensor out, Tensor lse, Tensor r, {_SHARED}, bool weight_grads) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dout, Tensor out, Tensor lse, Tensor r, {_SHARED}, bool weight_grads)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -265,7 +267,7 @@ def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
     return (
         q.new_empty(tokens, heads, width),
         lse,
-        q.new_empty((heads, tokens_k) if needs_r else (0,), dtype=torch.float32),
+        q.new_empty((heads, tokens_k, 2) if needs_r else (0,), dtype=torch.float32),
     )
 
 

@@ -67,6 +67,23 @@ def store_vector(ptr, x, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
 
 
 @triton.jit
+def load_pairs(ptr, first_row, offs, mask, other):
+    """Two numbers per row from a float32 (T, 2) array.
+
+    Inside loops per-row numbers are kept in pairs on purpose: a load of fewer elements than threads would be repeated
+    in the layout of the scores, one 4-byte copy per element and thread.
+    """
+    pairs = (first_row + offs)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    return tl.split(tl.load(ptr + pairs, mask=mask[:, None], other=other))
+
+
+@triton.jit
+def store_pairs(ptr, first_row, offs, x, y, mask):
+    pairs = (first_row + offs)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(ptr + pairs, tl.join(x, y), mask=mask[:, None])
+
+
+@triton.jit
 def zeros(ROWS: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
     if D2 == 0:
         return (tl.zeros([ROWS, D1], tl.float32),)
@@ -118,6 +135,14 @@ def scale_rows(x, by):
 
 
 @triton.jit
+def scale_all(x, by):
+    if len(x) == 1:
+        return (x[0] * by,)
+    else:
+        return (x[0] * by, x[1] * by)
+
+
+@triton.jit
 def scale_columns(x, by):
     """x[:, c] · by[c]."""
     if len(x) == 1:
@@ -127,54 +152,72 @@ def scale_columns(x, by):
 
 
 @triton.jit
-def affine(x, weight, bias):
+def add_columns(x, by):
+    """x[:, c] + by[c]."""
     if len(x) == 1:
-        return (x[0] * weight[0][None, :] + bias[0][None, :],)
+        return (x[0] + by[0][None, :],)
     else:
-        return (x[0] * weight[0][None, :] + bias[0][None, :], x[1] * weight[1][None, :] + bias[1][None, :])
+        return (x[0] + by[0][None, :], x[1] + by[1][None, :])
 
 
 @triton.jit
-def vector_product(a, b, by):
-    """a·b·by for [D] vectors in parts."""
-    if len(a) == 1:
-        return (a[0] * b[0] * by,)
+def multiply(x, by):
+    """Two [D] vectors."""
+    if len(x) == 1:
+        return (x[0] * by[0],)
     else:
-        return (a[0] * b[0] * by, a[1] * b[1] * by)
+        return (x[0] * by[0], x[1] * by[1])
 
 
 @triton.jit
-def centre(x, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """x minus its row mean over the D true columns; columns past D stay zero."""
+def subtract_rows(x, mean, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """x[i, :] − mean[i] in the D true columns; columns past D stay zero."""
     if D2 == 0:
-        return (x[0] - (tl.sum(x[0], 1) / D)[:, None],)
+        return (x[0] - mean[:, None],)
     else:
-        mean = (tl.sum(x[0], 1) + tl.sum(x[1], 1)) / D
         inside = (D1 + tl.arange(0, D2)) < D
         return (x[0] - mean[:, None], tl.where(inside[None, :], x[1] - mean[:, None], 0.0))
 
 
 @triton.jit
-def inverse_size(x, eps, NORM: tl.constexpr, D: tl.constexpr):
-    """What a (centred) row is multiplied by: rsqrt(mean(x²) + eps), or √D / max(‖x‖, eps)."""
-    square = row_dot(x, x)
-    if NORM == L2:
-        return tl.sqrt(D + 0.0) / tl.maximum(tl.sqrt(square), eps)
-    else:
-        return 1.0 / tl.sqrt(square / D + eps)
+def centre(x, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    mean = tl.sum(x[0], 1)
+    if D2 > 0:
+        mean += tl.sum(x[1], 1)
+    return subtract_rows(x, mean / D, D, D1, D2)
 
 
 @triton.jit
-def unit_rows(x, eps, NORM: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """(x̂, r): rows normalized in float32 without weight and bias, and the factor that did it."""
+def row_statistics(x, eps, NORM: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """(mean, r): x̂ = (x − mean)·r. r is rsqrt(mean(x²) + eps) of the centred row, or √D / max(‖x‖, eps) for l2."""
+    x = cast(x, tl.float32)
+    mean = tl.zeros([x[0].shape[0]], tl.float32)
+    if NORM == LAYER_NORM:
+        mean = tl.sum(x[0], 1)
+        if D2 > 0:
+            mean += tl.sum(x[1], 1)
+        mean = mean / D
+        x = subtract_rows(x, mean, D, D1, D2)
+    if NORM == NONE:
+        return mean, mean + 1.0
+    else:
+        square = row_dot(x, x)
+        if NORM == L2:
+            return mean, tl.sqrt(D + 0.0) / tl.maximum(tl.sqrt(square), eps)
+        else:
+            return mean, 1.0 / tl.sqrt(square / D + eps)
+
+
+@triton.jit
+def unit_rows(x, mean, r, NORM: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """x̂ in float32."""
     x = cast(x, tl.float32)
     if NORM == LAYER_NORM:
-        x = centre(x, D, D1, D2)
+        x = subtract_rows(x, mean, D, D1, D2)
     if NORM == NONE:
-        return x, tl.full([x[0].shape[0]], 1.0, tl.float32)
+        return x
     else:
-        r = inverse_size(x, eps, NORM, D)
-        return scale_rows(x, r), r
+        return scale_rows(x, r)
 
 
 @triton.jit
@@ -220,17 +263,20 @@ def dot_values(p, v, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def fold_query(
-    q_hat, q_weight, q_bias, k_weight, fold_scale, dtype: tl.constexpr, CENTRE: tl.constexpr,
+    q_hat, gain, shift, fold_scale, dtype: tl.constexpr, CENTRE: tl.constexpr, GAIN: tl.constexpr, SHIFT: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
-    """u = fold_scale · γk ⊙ (γq ⊙ q̂ + βq), rounded to `dtype`; with CENTRE also centred.
+    """u = fold_scale · (γq γk ⊙ q̂ + βq γk), rounded to `dtype`; with CENTRE also centred.
 
     A rounded row of zero mean has a residue, which the scores would multiply by K's mean. CENTRE takes it out of the
     row's smallest element of the first part, whose own rounding is the finest.
     """
-    gain = vector_product(q_weight, k_weight, fold_scale)
-    shift = vector_product(q_bias, k_weight, fold_scale)
-    u = affine(q_hat, gain, shift)
+    u = q_hat
+    if GAIN:
+        u = scale_columns(u, gain)
+    if SHIFT:
+        u = add_columns(u, shift)
+    u = scale_all(u, fold_scale)
     if CENTRE:
         u = centre(u, D, D1, D2)
         if dtype != tl.float32:
@@ -249,20 +295,14 @@ def fold_query(
 
 @triton.jit
 def query_gradient(
-    du, q_hat, r, q_weight, q_bias, k_weight, eps, softmax_scale, Q_NORM: tl.constexpr, CENTRE: tl.constexpr,
+    du, q_hat, r, gain, eps, softmax_scale, Q_NORM: tl.constexpr, CENTRE: tl.constexpr, GAIN: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
-    """From du (without the scale) to dq and the gradients of γq, βq, γk, each a [D] sum over the rows."""
+    """(dq, dt) from du, the gradient of u without its scale; the weights' gradients follow from sums of dt."""
+    dt = scale_all(du, softmax_scale)
     if CENTRE:
-        du = centre(du, D, D1, D2)
-    n = affine(q_hat, q_weight, q_bias)
-    if len(du) == 1:
-        dt = (du[0] * softmax_scale,)
-    else:
-        dt = (du[0] * softmax_scale, du[1] * softmax_scale)
-    dn = scale_columns(dt, k_weight)
-    d_q_weight = column_dot(dn, q_hat)
-    d_q_bias = column_sum(dn)
-    d_k_weight = column_dot(dt, n)
-    dq = unit_rows_backward(scale_columns(dn, q_weight), q_hat, r, eps, Q_NORM, D, D1, D2)
-    return dq, d_q_weight, d_q_bias, d_k_weight
+        dt = centre(dt, D, D1, D2)
+    dq_hat = dt
+    if GAIN:
+        dq_hat = scale_columns(dt, gain)
+    return unit_rows_backward(dq_hat, q_hat, r, eps, Q_NORM, D, D1, D2), dt
