@@ -88,7 +88,7 @@ def run(case: str, heads: int, head_dim: int, what: str, config: ClassConfig | N
         return config if config is not None and one == index else choose_config(arch, width, one, bits)
 
     with mock.patch.object(launch, "choose_config", choose):
-        call = launch.Launcher(*qkv.unbind(1), norms, head_dim**-0.5, plan.items, plan.offsets, plan.offsets_host)
+        call = launch.Launcher(*qkv.unbind(1), norms, head_dim**-0.5, plan.items, plan.offsets, plan.host_offsets)
         out, lse, r = launch.forward(call, True)
         grads = torch.empty_like(qkv)
         views = grads.unbind(1)

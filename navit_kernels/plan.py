@@ -30,25 +30,26 @@ class PackPlan:
     cu_seqlens: int32 (S + 1,) on the device; cu_seqlens_k: the same for the key side, or None when that is the same.
     items: int32 (N, 8) on the device; see ITEM_FIELDS.
     offsets: int32 (CLASSES + 1,) on the device; class c owns items[offsets[c]:offsets[c + 1]].
-    offsets_host: the same numbers on the CPU, so that a launch needs no wait for the device. Without it (None) kernels
-        read the device's copy: launches then do not depend on the lengths, and a captured CUDA graph serves every pack
-        whose token and segment counts have the captured shapes.
+    host_offsets: int32 (CLASSES + 3,) on the CPU: the same numbers, so that a launch needs no wait for the device, then
+        the tokens of the longest segment on the query side and on the key side, which flash-attn asks for. Without it
+        (None) kernels read the device's copy: launches then do not depend on the lengths, and a captured CUDA graph
+        serves every pack whose token and segment counts have the captured shapes.
 
     Example: lengths (300, 20) give items (0, 300, 0, 300, tile, 0, 0, 0) for tile = 0, 1, 2 in the last class, and
-    (300, 20, 300, 20, 0, 1, 0, 0) in the first: offsets (0, 1, 1, 1, 1, 4).
+    (300, 20, 300, 20, 0, 1, 0, 0) in the first: offsets (0, 1, 1, 1, 1, 4), host_offsets (0, 1, 1, 1, 1, 4, 300, 300).
     """
 
     cu_seqlens: Tensor
     cu_seqlens_k: Tensor | None
     items: Tensor
     offsets: Tensor
-    offsets_host: Tensor | None
+    host_offsets: Tensor | None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackPlan:
         moved = {
             field.name: value.to(device, non_blocking=non_blocking)
             for field in fields(self)
-            if field.name != "offsets_host" and (value := getattr(self, field.name)) is not None
+            if field.name != "host_offsets" and (value := getattr(self, field.name)) is not None
         }
         return replace(self, **moved)
 
@@ -58,7 +59,7 @@ class PackPlan:
 
     def without_host_offsets(self) -> PackPlan:
         """The same plan for CUDA graphs: launches read the class sizes on the device."""
-        return replace(self, offsets_host=None)
+        return replace(self, host_offsets=None)
 
 
 def max_items(tokens: int, segments: int) -> int:
@@ -95,5 +96,6 @@ def plan_pack(
     items[:count, :6] = torch.stack([*columns, torch.arange(count) - first, segment], 1).to(torch.int32)
     sizes = torch.zeros(CLASSES, dtype=torch.int64).index_add_(0, classes, tiles)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).to(torch.int32)
-    plan = PackPlan(cu_seqlens[0], None if lengths_k is None else cu_seqlens[1], items, offsets, offsets)
+    host_offsets = torch.cat([offsets, torch.nn.functional.pad(sides, (1, 0)).amax(1).to(torch.int32)])
+    plan = PackPlan(cu_seqlens[0], None if lengths_k is None else cu_seqlens[1], items, offsets, host_offsets)
     return plan.to(device, non_blocking=True)

@@ -175,9 +175,9 @@ def _run(
         items, offsets = torch.ops.navit_kernels.plan(
             cu_seqlens, cu_seqlens_k, q.shape[0], q.shape[0] if k is None else k.shape[0]
         )
-        offsets_host = None
+        host_offsets = None
     else:
-        items, offsets, offsets_host = plan.items, plan.offsets, plan.offsets_host
+        items, offsets, host_offsets = plan.items, plan.offsets, plan.host_offsets
     kinds = [NORM_CODES[norm and norm.kind] for norm in (q_norm, k_norm)]
     q_norm, k_norm = q_norm or HeadNorm(), k_norm or HeadNorm()
     weights = (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias)
@@ -185,7 +185,7 @@ def _run(
         tensor is not None and tensor.requires_grad for tensor in (q, k, v, *weights)
     )
     out, lse, _ = torch.ops.navit_kernels.varlen_attention(
-        q, k, v, items, offsets, offsets_host, *weights, kinds[0], q_norm.eps, kinds[1], k_norm.eps, scale,
+        q, k, v, items, offsets, host_offsets, *weights, kinds[0], q_norm.eps, kinds[1], k_norm.eps, scale,
         cu_seqlens_k is not None, differentiable or keep_lse,
     )  # fmt: skip
     return out, lse
@@ -204,7 +204,7 @@ def _natural_lse(
 
 
 _SHARED = (
-    "Tensor q, Tensor? k, Tensor? v, Tensor items, Tensor offsets, Tensor? offsets_host, Tensor? q_weight, "
+    "Tensor q, Tensor? k, Tensor? v, Tensor items, Tensor offsets, Tensor? host_offsets, Tensor? q_weight, "
     "Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, int q_kind, float q_eps, int k_kind, float k_eps, float scale, "
     "bool cross"
 )
@@ -235,7 +235,7 @@ def _(cu_seqlens, cu_seqlens_k, tokens, tokens_k):  # type: ignore[no-untyped-de
 
 
 def _launcher(
-    q: Tensor, k: Tensor | None, v: Tensor | None, items: Tensor, offsets: Tensor, offsets_host: Tensor | None,
+    q: Tensor, k: Tensor | None, v: Tensor | None, items: Tensor, offsets: Tensor, host_offsets: Tensor | None,
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, q_kind: int,
     q_eps: float, k_kind: int, k_eps: float, scale: float, cross: bool,
 ) -> Any:  # fmt: skip
@@ -244,9 +244,9 @@ def _launcher(
     if k is None or v is None:
         q, k, v = q.unbind(1)
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
-        offsets_host = None  # a captured graph must serve other lengths
+        host_offsets = None  # a captured graph must serve other lengths
     norms = Norms(q_kind, q_weight, q_bias, q_eps, k_kind, k_weight, k_eps)
-    return Launcher(q, k, v, norms, scale, items, offsets, offsets_host, cross)
+    return Launcher(q, k, v, norms, scale, items, offsets, host_offsets, cross)
 
 
 @torch.library.impl("navit_kernels::varlen_attention", "CUDA")
