@@ -93,8 +93,8 @@ def attention_pool(
 def fold_query(query_QHD: Tensor, q_norm: HeadNorm | None, k_norm: HeadNorm | None, scale: float) -> Tensor:
     """u = scale · C(γk ⊙ norm(query)), what raw keys are multiplied with. Few numbers: plain torch, in float64."""
     if q_norm is not None:
-        parts = (None if part is None else part.double() for part in (q_norm.weight, q_norm.bias))
-        q_norm = HeadNorm(q_norm.kind, *parts, q_norm.eps)
+        weight, bias = (None if part is None else part.double() for part in (q_norm.weight, q_norm.bias))
+        q_norm = HeadNorm(q_norm.kind, weight, bias, q_norm.eps)
     u_QHD = head_norm(query_QHD.double(), q_norm) * scale
     if k_norm is not None:
         if k_norm.weight is not None:
