@@ -1,10 +1,10 @@
 """Kernels for native-resolution vision transformers, in the order in which an image flows through them."""
 
-from .add_norm import add_norm
 from .head_norm import HeadNorm
 from .patches import patchify
 from .plan import PackPlan, plan_pack
 from .positions import add_positions
+from .residual_norm import add_norm
 from .self_attention import varlen_attention, varlen_attention_qkvpacked
 from .token_pooling import attention_pool, pool_tokens
 

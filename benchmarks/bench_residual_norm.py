@@ -28,7 +28,7 @@ from harness import (
 from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
-from navit_kernels.add_norm import add_norm
+from navit_kernels.residual_norm import add_norm
 from navit_kernels.testing import assert_error_within, cu_seqlens_of, image_lengths
 
 OURS = "navit_kernels"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
-from navit_kernels.add_norm import add_norm
+from navit_kernels.residual_norm import add_norm
 from navit_kernels.testing import assert_error_within, cu_seqlens_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -275,7 +275,7 @@ def test_compile_once_for_all_batches() -> None:
 
 
 def launch_on_meta(case: Case) -> None:
-    from navit_kernels.add_norm import kernel
+    from navit_kernels.residual_norm import kernel
 
     inputs = case.inputs([3, 97], "meta")
     x_TE, branch_TE, weight_E, _, layer_scale_E, *_ = inputs.values()
