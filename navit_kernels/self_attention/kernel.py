@@ -339,9 +339,9 @@ def plan_segments(
     """Start and length on both sides, class and number of items of some segments."""
     mask = offs < segments
     q_start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + offs, mask=mask, other=0), 0), tokens)
-    q_end = tl.minimum(tl.load(cu_seqlens_ptr + offs + 1, mask=mask, other=0), tokens)
+    q_end = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + offs + 1, mask=mask, other=0), 0), tokens)
     k_start = tl.minimum(tl.maximum(tl.load(cu_seqlens_k_ptr + offs, mask=mask, other=0), 0), tokens_k)
-    k_end = tl.minimum(tl.load(cu_seqlens_k_ptr + offs + 1, mask=mask, other=0), tokens_k)
+    k_end = tl.minimum(tl.maximum(tl.load(cu_seqlens_k_ptr + offs + 1, mask=mask, other=0), 0), tokens_k)
     q_length = tl.maximum(q_end - q_start, 0)
     k_length = tl.maximum(k_end - k_start, 0)
     longest = tl.maximum(q_length, k_length)
