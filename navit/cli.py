@@ -121,7 +121,7 @@ def demo(
     data: Annotated[Path, typer.Option(help="A folder of class folders, or a manifest.")] = DEMO_DATA,
     run: Run = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of the weights, the order and the augmentation.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Packs to train on.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Packs to train on.")] = 400,
     device: Device = "auto",
     workers: Workers = 0,
     overwrite: Overwrite = False,
@@ -144,11 +144,11 @@ def demo(
             seed=seed,
             evaluate_every=max(1, steps // 4),
         ),
-        token_budget=4096,
-        resize=Resize("uniform", 48, 96),
-        view=Resize("uniform", 80, 80),
+        token_budget=2048,
+        resize=Resize("native"),
+        view=Resize("native"),
         augment=Augment(flip=0.5, recolor=0.3),
-        token_drop=(0.3, 0.3),
+        token_drop=(0.5, 0.5),
     )
     config = NaViTConfig(
         width=128, depth=4, heads=4, mlp_width=512, patch_size=8, table_length=64, num_classes=len(settings.classes)
