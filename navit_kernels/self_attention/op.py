@@ -73,7 +73,7 @@ def varlen_attention(
     if cu_seqlens_k is None:
         check_shape("k", k_THD, q_THD.shape, "(T, H, D)")
     q_THD, k_THD, v_THD = _autocast(q_THD, k_THD, v_THD)
-    _check_call(q_THD, k_THD, cu_seqlens, cu_seqlens_k, q_norm, k_norm, rope, plan, backend)
+    _check_call(q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens_k, q_norm, k_norm, rope, plan, backend)
     scale = width**-0.5 if softmax_scale is None else softmax_scale
     if backend in ("fa3", "fa4"):
         from . import flash
@@ -117,14 +117,14 @@ def varlen_attention_qkvpacked(
         return out
     (qkv_T3HD,) = _autocast(qkv_T3HD)
     q_THD = qkv_T3HD[:, 0]
-    _check_call(q_THD, q_THD, cu_seqlens, None, q_norm, k_norm, None, plan, backend)
+    _check_call(q_THD, q_THD, q_THD, cu_seqlens, None, q_norm, k_norm, None, plan, backend)
     scale = q_THD.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     return _run(qkv_T3HD, None, None, cu_seqlens, None, q_norm, k_norm, scale, plan, False)[0]
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
     return tensors
 
@@ -137,8 +137,8 @@ def _takes_reference(backend: str, q_THD: Tensor) -> bool:
 
 
 def _check_call(
-    q_THD: Tensor, k_THD: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, q_norm: HeadNorm | None,
-    k_norm: HeadNorm | None, rope: None, plan: PackPlan | None, backend: str,
+    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None,
+    q_norm: HeadNorm | None, k_norm: HeadNorm | None, rope: None, plan: PackPlan | None, backend: str,
 ) -> None:  # fmt: skip
     """What both public functions check beyond the shapes of q, k and v."""
     if rope is not None:
@@ -161,7 +161,7 @@ def _check_call(
     check_dtype("q", q_THD, DTYPES if backend in ("auto", "triton") else DTYPES[:2])
     if q_THD.shape[-1] not in SUPPORTED_HEAD_DIMS:
         fail("q", "of a head width D that is a multiple of 8 from 16 to 128", q_THD.shape[-1])
-    for name, tensor in (("q", q_THD), ("k", k_THD)):
+    for name, tensor in (("q", q_THD), ("k", k_THD), ("v", v_THD)):
         if tensor.stride(-1) != 1:
             fail(name, "contiguous over D", f"strides {tensor.stride()}")
 
@@ -180,7 +180,8 @@ def _run(
         items, offsets, host_offsets = plan.items, plan.offsets, plan.host_offsets
     kinds = [NORM_CODES[norm and norm.kind] for norm in (q_norm, k_norm)]
     q_norm, k_norm = q_norm or HeadNorm(), k_norm or HeadNorm()
-    weights = (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias)
+    parameters = (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias)
+    weights = [None if tensor is None else tensor.contiguous() for tensor in parameters]
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (q, k, v, *weights)
     )
@@ -224,7 +225,8 @@ torch.library.define(
 def _plan(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, tokens: int, tokens_k: int) -> tuple[Tensor, Tensor]:
     from .launch import plan_on_device
 
-    return plan_on_device(cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, tokens, tokens_k)
+    with torch.cuda.device(cu_seqlens.device):
+        return plan_on_device(cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, tokens, tokens_k)
 
 
 @torch.library.register_fake("navit_kernels::plan")
@@ -254,7 +256,8 @@ def _forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     from .launch import forward
 
     *shared, keep_lse = rest
-    return forward(_launcher(q, *shared), keep_lse)
+    with torch.cuda.device(q.device):
+        return forward(_launcher(q, *shared), keep_lse)
 
 
 @torch.library.register_fake("navit_kernels::varlen_attention")
@@ -285,7 +288,8 @@ def _backward_kernels(
     else:
         outputs = dq, dk, dv = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    weights_H3D = backward(_launcher(q, k, v, *shared), dout, out, lse, r, dq, dk, dv, weight_grads)
+    with torch.cuda.device(q.device):
+        weights_H3D = backward(_launcher(q, k, v, *shared), dout, out, lse, r, dq, dk, dv, weight_grads)
     return *outputs, q.new_empty(0, dtype=torch.float32) if weights_H3D is None else weights_H3D
 
 
