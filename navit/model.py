@@ -113,7 +113,7 @@ class NaViT(nn.Module):
             if got != getattr(config, name):
                 fail(f"the pack's {name}", f"the model's, {getattr(config, name)}", got)
         kind = weight.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
         if packed.patches is not None:
             return packed.patches.to(dtype)

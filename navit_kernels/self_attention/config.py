@@ -60,7 +60,7 @@ def choose_config(arch: int, head_dim: int, class_index: int, dtype_bits: int) -
         block = min(32, rows)
         launch = Launch("stream", block, 16 if wide else 32, 4, 1)
         return ClassConfig(launch, launch, launch, normalize_keys=True)
-    return (WIDE if head_dim > 64 else NARROW)[class_index]
+    return (NARROW if head_dim <= 64 else MIDDLE if head_dim <= 80 else WIDE)[class_index]
 
 
 # One H100, bf16, µs of kernel time for 65,536 tokens, 16 heads; U64 stands for images of 64 tokens each.
@@ -88,8 +88,30 @@ NARROW = (  # head widths up to 64, measured at 64
         Launch("stream", 64, 64, 4, 3, measured="ft 752; 2 stages 816, 128 keys 939"),
     ),
 )
-WIDE = (  # head widths from 72 to 128
+MIDDLE = (  # 72 and 80, in column parts of 64 and 16
     ClassConfig(Launch("tile", 32, 32, 4, 1), Launch("tile", 32, 32, 4, 1)),
-    ClassConfig(Launch("tile", 64, 64, 4, 1), Launch("tile", 64, 64, 8, 1)),
-    *[ClassConfig(*[Launch("stream", 64, 64, 4, 2)] * 3)] * 3,
+    ClassConfig(Launch("tile", 64, 64, 4, 1), Launch("tile", 64, 64, 4, 1)),
+    ClassConfig(Launch("tile", 128, 128, 8, 1), Launch("tile", 128, 128, 8, 1)),
+    *[ClassConfig(Launch("stream", 64, 64, 4, 2), Launch("stream", 64, 64, 4, 2), Launch("stream", 64, 64, 4, 2))] * 2,
+)
+WIDE = (  # from 88 to 128, measured at 128 with 8 heads
+    ClassConfig(Launch("tile", 32, 32, 4, 1), Launch("tile", 32, 32, 4, 1)),
+    ClassConfig(
+        Launch("tile", 64, 64, 4, 1, measured="U64 207; 8 warps 230"),
+        Launch("tile", 64, 64, 4, 1, measured="U64 735; 8 warps 880, resident 1068"),
+    ),
+    ClassConfig(
+        Launch("tile", 128, 128, 8, 1, measured="U128 346; streamed 402"),
+        Launch("tile", 128, 128, 8, 1, measured="U128 882; resident 1023, streamed 1153"),
+    ),
+    ClassConfig(
+        Launch("stream", 64, 64, 4, 3, measured="U256 405 + 59; 2 stages 445"),
+        Launch("stream", 32, 64, 4, 3, measured="U256 556; 64 queries, 128 keys, 8 warps 628"),
+        Launch("stream", 64, 64, 4, 2, measured="U256 581; 128 queries, 8 warps 667"),
+    ),
+    ClassConfig(
+        Launch("stream", 64, 64, 4, 3, measured="ft 717; 2 stages 771, running maximum 734"),
+        Launch("stream", 32, 64, 4, 3, measured="ft 1035; 2 stages 1166, 64 queries, 128 keys, 8 warps 1168"),
+        Launch("stream", 64, 64, 4, 2, measured="ft 924; 128 queries and keys, 8 warps 1121"),
+    ),
 )

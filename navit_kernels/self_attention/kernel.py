@@ -23,6 +23,9 @@ With neither norm nor weights u is q itself, so that it is not rounded again, an
 A fixed maximum (Cauchy-Schwarz: S_ij ≤ √D·‖u_i‖ =: m_i, as ‖k̂‖ ≤ √D) saves the running one and its rescaling. A tile
 takes it when every m_i ≤ FIXED_MAX_LIMIT, so that no P falls under 2^(−2·FIXED_MAX_LIMIT).
 
+Strides are compile-time constants: a head width of 72 is a multiple of 8 but not of 16, and only a known one lets loads
+take 16 bytes.
+
 After FlashAttention-2 (Dao 2023, arXiv 2307.08691); QK norm as in ViT-22B (Dehghani et al. 2023, arXiv 2302.05442).
 T tokens, H heads, D head width.
 """
@@ -110,11 +113,12 @@ def work_range(offsets_ptr, first_item, work_per_item, CLASS: tl.constexpr, ON_D
 @triton.jit(do_not_specialize=["first_item", "tokens"])
 def forward_tile(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr, first_item,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    q_weight_stride, q_bias_stride, k_weight_stride, tokens, q_eps, k_eps, fold_scale, score_scale,
-    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
-    Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, SAVE_LSE: tl.constexpr,
-    PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
+    q_stride_t: tl.constexpr, q_stride_h: tl.constexpr, k_stride_t: tl.constexpr, k_stride_h: tl.constexpr,
+    v_stride_t: tl.constexpr, v_stride_h: tl.constexpr, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
+    k_weight_stride: tl.constexpr, tokens, q_eps, k_eps, fold_scale, score_scale, H: tl.constexpr, D: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr,
+    Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program owns one head of a whole segment of at most BLOCK tokens. One step, no loop over keys."""
     first, count = work_range(offsets_ptr, first_item, H, CLASS, ON_DEVICE)
@@ -155,8 +159,8 @@ def forward_tile(
 
 @triton.jit(do_not_specialize=["first_item", "tokens"])
 def key_sizes(
-    k_ptr, r_ptr, items_ptr, offsets_ptr, first_item, k_stride_t, k_stride_h, tokens, k_eps,
-    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr,
+    k_ptr, r_ptr, items_ptr, offsets_ptr, first_item, k_stride_t: tl.constexpr, k_stride_h: tl.constexpr, tokens,
+    k_eps, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr,
     CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """(r_k, mean) of a tile of ROWS keys, float32 (H, T, 2): K is read once here and never again for its norm."""
@@ -237,12 +241,13 @@ def stream_keys(
 @triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def forward_stream(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, r_ptr, items_ptr, offsets_ptr,
-    first_item, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    q_weight_stride, q_bias_stride, k_weight_stride, tokens, tokens_k, q_eps, k_eps, fold_scale, score_scale,
-    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
-    Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, SAVE_LSE: tl.constexpr,
-    PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, TRY_FIXED_MAX: tl.constexpr,
+    first_item, q_stride_t: tl.constexpr, q_stride_h: tl.constexpr, k_stride_t: tl.constexpr,
+    k_stride_h: tl.constexpr, v_stride_t: tl.constexpr, v_stride_h: tl.constexpr, q_weight_stride: tl.constexpr,
+    q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, tokens, tokens_k, q_eps, k_eps, fold_scale,
+    score_scale, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
+    SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, TRY_FIXED_MAX: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M of an item's ROWS query rows, one head; keys stream by in tiles of BLOCK_N."""
     SPLIT: tl.constexpr = ROWS // BLOCK_M

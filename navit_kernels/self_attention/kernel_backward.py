@@ -74,13 +74,14 @@ def store_key_gradient(
 @triton.jit(do_not_specialize=["first_item"])
 def backward_tile(
     q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
-    items_ptr, offsets_ptr, first_item, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    dout_stride_t, dout_stride_h, dq_stride_t, dk_stride_t, dv_stride_t,
-    q_weight_stride, q_bias_stride, k_weight_stride, q_eps, k_eps, fold_scale, score_scale, softmax_scale, key_factor,
-    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
-    Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
-    WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    items_ptr, offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h: tl.constexpr, k_stride_t: tl.constexpr,
+    k_stride_h: tl.constexpr, v_stride_t: tl.constexpr, v_stride_h: tl.constexpr, dout_stride_t: tl.constexpr,
+    dout_stride_h: tl.constexpr, dq_stride_t: tl.constexpr, dk_stride_t: tl.constexpr, dv_stride_t: tl.constexpr,
+    q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, q_eps, k_eps,
+    fold_scale, score_scale, softmax_scale, key_factor, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr,
+    K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr,
+    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first, count = work_range(offsets_ptr, first_item, H, CLASS, ON_DEVICE)
     work = tl.program_id(0)
@@ -135,11 +136,12 @@ def backward_tile(
 
 @triton.jit(do_not_specialize=["first_item", "tokens"])
 def backward_resident(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, partials_ptr,
-    q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr, first_item,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    dout_stride_t, dout_stride_h, dq_stride_t, dk_stride_t, dv_stride_t, q_weight_stride, q_bias_stride,
-    k_weight_stride, tokens, q_eps, k_eps, fold_scale, score_scale, softmax_scale, key_factor,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, partials_ptr, q_weight_ptr, q_bias_ptr,
+    k_weight_ptr, items_ptr, offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h: tl.constexpr,
+    k_stride_t: tl.constexpr, k_stride_h: tl.constexpr, v_stride_t: tl.constexpr, v_stride_h: tl.constexpr,
+    dout_stride_t: tl.constexpr, dout_stride_h: tl.constexpr, dq_stride_t: tl.constexpr, dk_stride_t: tl.constexpr,
+    dv_stride_t: tl.constexpr, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
+    k_weight_stride: tl.constexpr, tokens, q_eps, k_eps, fold_scale, score_scale, softmax_scale, key_factor,
     H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
     WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
@@ -201,12 +203,13 @@ def backward_resident(
 
 @triton.jit(do_not_specialize=["first_item", "tokens"])
 def backward_prepare(
-    q_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, rows_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr,
-    first_item, q_stride_t, q_stride_h, dout_stride_t, dout_stride_h, dq_stride_t,
-    q_weight_stride, q_bias_stride, k_weight_stride, tokens, q_eps, fold_scale,
-    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, CENTRE: tl.constexpr,
-    Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
-    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    q_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, rows_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr,
+    offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h: tl.constexpr, dout_stride_t: tl.constexpr,
+    dout_stride_h: tl.constexpr, dq_stride_t: tl.constexpr, q_weight_stride: tl.constexpr,
+    q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, tokens, q_eps, fold_scale, H: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, CENTRE: tl.constexpr,
+    Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, CLASS: tl.constexpr,
+    ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """u into dq's memory, free until backward_queries writes dq there; (lse, Δ) into rows, float32 (H, T, 2)."""
     SPLIT: tl.constexpr = ROWS // BLOCK
@@ -266,11 +269,12 @@ def keys_step(
 @triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def backward_keys(
     k_ptr, v_ptr, u_ptr, dout_ptr, rows_ptr, r_ptr, dk_ptr, dv_ptr, items_ptr, offsets_ptr, first_item,
-    k_stride_t, k_stride_h, v_stride_t, v_stride_h, u_stride_t, dout_stride_t, dout_stride_h, dk_stride_t, dv_stride_t,
-    tokens, tokens_k, k_eps, score_scale, key_factor,
-    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr, FOLD: tl.constexpr,
-    PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NORMALIZE_KEYS: tl.constexpr,
+    k_stride_t: tl.constexpr, k_stride_h: tl.constexpr, v_stride_t: tl.constexpr, v_stride_h: tl.constexpr,
+    u_stride_t: tl.constexpr, dout_stride_t: tl.constexpr, dout_stride_h: tl.constexpr, dk_stride_t: tl.constexpr,
+    dv_stride_t: tl.constexpr, tokens, tokens_k, k_eps, score_scale, key_factor, H: tl.constexpr, D: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
+    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NORMALIZE_KEYS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_N keys of an item's ROWS; queries stream by in tiles of BLOCK_M."""
     SPLIT: tl.constexpr = ROWS // BLOCK_N
@@ -354,12 +358,13 @@ def queries_step(
 
 @triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def backward_queries(
-    q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, r_ptr, dq_ptr, partials_ptr,
-    q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr, first_item,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, dout_stride_t, dout_stride_h, dq_stride_t,
-    q_weight_stride, q_bias_stride, k_weight_stride, tokens, tokens_k, q_eps, k_eps, score_scale, softmax_scale,
-    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
-    Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, r_ptr, dq_ptr, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
+    items_ptr, offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h: tl.constexpr, k_stride_t: tl.constexpr,
+    k_stride_h: tl.constexpr, v_stride_t: tl.constexpr, v_stride_h: tl.constexpr, dout_stride_t: tl.constexpr,
+    dout_stride_h: tl.constexpr, dq_stride_t: tl.constexpr, q_weight_stride: tl.constexpr,
+    q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, tokens, tokens_k, q_eps, k_eps, score_scale,
+    softmax_scale, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
     WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NORMALIZE_KEYS: tl.constexpr,

@@ -66,7 +66,7 @@ class Launcher:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, norms: Norms, softmax_scale: float, items: Tensor, offsets: Tensor,
-        offsets_host: Tensor | None, cross: bool = False,
+        host_offsets: Tensor | None, cross: bool = False,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.norms, self.softmax_scale = q, k, v, norms, softmax_scale
         self.items, self.offsets = items, offsets
@@ -81,8 +81,8 @@ class Launcher:
         self.key_factor = math.log(2) if self.fold else softmax_scale
         self.shape = dict(H=self.heads, D=self.width, D1=first, D2=second)
         self.tokens = q.shape[0] + (k.shape[0] if cross else 0)  # at least the sum of each segment's longer side
-        self.on_device = offsets_host is None
-        self.ends = None if offsets_host is None else offsets_host.tolist()
+        self.on_device = host_offsets is None
+        self.ends = None if host_offsets is None else host_offsets.tolist()
 
     def config(self, index: int) -> ClassConfig:
         return choose_config(self.arch, self.width, index, self.bits)
@@ -190,7 +190,7 @@ def backward(
             grad.zero_()
         return q.new_zeros(call.heads, 3, call.width, dtype=torch.float32) if weight_grads else None
     configs = {index: call.config(index) for index in call.classes()}
-    splits = max((rows_of_class(i) // c.queries.block_m if c.queries else 1 for i, c in configs.items()), default=1)
+    splits = max((rows_of_class(i) // (c.queries or c.backward).block_m for i, c in configs.items()), default=1)
     partials = lse
     if weight_grads:
         # with splits, items of other classes leave gaps

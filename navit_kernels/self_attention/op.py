@@ -50,9 +50,9 @@ def varlen_attention(
         the device. The result is the same, bit for bit.
     return_lse: also return the log-sum-exp of the scores, float32 (H, T), −inf without keys; not differentiable.
     backend: "auto" runs the reference on CPU tensors and the kernels on a GPU; "reference" and "triton" insist.
-        "fa3" and "fa4" normalize q and k in one pass and call an installed flash-attn. That path waits for the device
-        unless a plan is given, promises neither bitwise repeatability nor independence of the rest of the pack, and
-        saves normalized q and k for the backward.
+        "fa3" and "fa4" normalize q and k in one pass and call an installed flash-attn, for bfloat16 and float16. That
+        path waits for the device unless a plan with host offsets is given, breaks a compiled graph, promises neither
+        bitwise repeatability nor independence of the rest of the pack, and saves normalized q and k for the backward.
 
     Returns out_THD, or (out_THD, lse_HT). The kernels promise, forward and backward: the same bits for the same
     inputs; the same bits for a segment whatever else is in the pack and wherever it stands; nothing from other
@@ -60,7 +60,8 @@ def varlen_attention(
     (`navit_kernels._checks.check_cu_seqlens_values` checks them anywhere, on request): wrong values on a GPU give
     wrong numbers, never a wrong address.
 
-    Raises ValueError naming the argument, what was expected and what came.
+    Raises ValueError naming the argument, what was expected and what came; ImportError for a flash-attn that is not
+    installed.
     """
     check_shape("q", q_THD, (None, None, None), "(T, H, D)")
     heads, width = q_THD.shape[1:]
@@ -131,8 +132,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _takes_reference(backend: str, q_THD: Tensor) -> bool:
     check_option("backend", backend, BACKENDS)
-    if backend == "triton" and q_THD.device.type == "cpu":
-        fail("q", "on a GPU for backend='triton'", q_THD.device)
+    if backend not in ("auto", "reference") and q_THD.device.type == "cpu":
+        fail("q", f"on a GPU for backend={backend!r}", q_THD.device)
     return backend == "reference" or (backend == "auto" and q_THD.device.type == "cpu")
 
 
@@ -221,12 +222,14 @@ torch.library.define(
 )
 
 
-@torch.library.impl("navit_kernels::plan", "CUDA")
 def _plan(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, tokens: int, tokens_k: int) -> tuple[Tensor, Tensor]:
     from .launch import plan_on_device
 
-    with torch.cuda.device(cu_seqlens.device):
+    with torch.cuda.device_of(cu_seqlens):
         return plan_on_device(cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, tokens, tokens_k)
+
+
+torch.library.impl("navit_kernels::plan", "CUDA", _plan)
 
 
 @torch.library.register_fake("navit_kernels::plan")
@@ -251,13 +254,15 @@ def _launcher(
     return Launcher(q, k, v, norms, scale, items, offsets, host_offsets, cross)
 
 
-@torch.library.impl("navit_kernels::varlen_attention", "CUDA")
 def _forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     from .launch import forward
 
     *shared, keep_lse = rest
-    with torch.cuda.device(q.device):
+    with torch.cuda.device_of(q):
         return forward(_launcher(q, *shared), keep_lse)
+
+
+torch.library.impl("navit_kernels::varlen_attention", "CUDA", _forward)
 
 
 @torch.library.register_fake("navit_kernels::varlen_attention")
@@ -274,7 +279,6 @@ def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.impl("navit_kernels::varlen_attention_backward", "CUDA")
 def _backward_kernels(
     dout: Tensor, out: Tensor, lse: Tensor, r: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -288,9 +292,12 @@ def _backward_kernels(
     else:
         outputs = dq, dk, dv = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    with torch.cuda.device(q.device):
+    with torch.cuda.device_of(q):
         weights_H3D = backward(_launcher(q, k, v, *shared), dout, out, lse, r, dq, dk, dv, weight_grads)
     return *outputs, q.new_empty(0, dtype=torch.float32) if weights_H3D is None else weights_H3D
+
+
+torch.library.impl("navit_kernels::varlen_attention_backward", "CUDA", _backward_kernels)
 
 
 @torch.library.register_fake("navit_kernels::varlen_attention_backward")
