@@ -200,7 +200,7 @@ def main() -> None:
                     {**about, "direction": direction, "contender": name, "us": us, "floor_us": floor_us, "timer": timer}
                 )
     print_table(rows)
-    write_results("add_norm", rows, options)
+    write_results("residual_norm", rows, options)
 
 
 if __name__ == "__main__":

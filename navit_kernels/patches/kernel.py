@@ -4,7 +4,7 @@ Token t is the patch (row, column) of image s; its value number p = (c, p1, p2) 
 
     offsets[s] + (c · height + row · patch_size + p1) · width + column · patch_size + p2
 
-    patch = pixel · scale[c] + shift[c]      scale = 1 / (255 · std) or, for float pixels, 1 / std; shift = −mean / std
+    patch = (pixel − centre[c]) · scale[c]     scale = 1 / (255 · std), centre = 255 · mean; float pixels: without 255
     unit  = (patch − Σ patch / P) · rstd     rstd = rsqrt(Σ (patch − Σ patch / P)² / P + eps)
     value = unit · weight + bias             with a LayerNorm, otherwise value = patch
 
@@ -88,7 +88,7 @@ def _unit(patch, mask_p, eps, P: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "segments"])
 def forward_kernel(
     pixels_ptr, offsets_ptr, sizes_ptr, cu_seqlens_ptr, coords_ptr, weight_ptr, bias_ptr, patches_ptr,
-    tokens, segments, eps, scale_0, scale_1, scale_2, scale_3, shift_0, shift_1, shift_2, shift_3,
+    tokens, segments, eps, scale_0, scale_1, scale_2, scale_3, centre_0, centre_1, centre_2, centre_3,
     P: tl.constexpr, PATCH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     offs_t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -105,8 +105,8 @@ def forward_kernel(
         pixel = tl.load(pixels_ptr + offs, mask=mask, other=0).to(tl.float32)  # [ROWS, BLOCK_P]
 
         scale = _per_channel(channel, scale_0, scale_1, scale_2, scale_3)
-        shift = _per_channel(channel, shift_0, shift_1, shift_2, shift_3)
-        value = tl.where(mask, pixel * scale[None, :] + shift[None, :], 0.0)
+        centre = _per_channel(channel, centre_0, centre_1, centre_2, centre_3)
+        value = tl.where(mask, (pixel - centre[None, :]) * scale[None, :], 0.0)
         if weight_ptr is not None:
             value, _ = _unit(value, mask_p, eps, P)
             value *= tl.load(weight_ptr + offs_p, mask=mask_p, other=0.0).to(tl.float32)[None, :]
@@ -122,7 +122,7 @@ def forward_kernel(
 def backward_kernel(
     d_patches_ptr, pixels_ptr, offsets_ptr, sizes_ptr, cu_seqlens_ptr, coords_ptr, weight_ptr,
     d_pixels_ptr, d_weight_ptr, d_bias_ptr,
-    tokens, segments, eps, scale_0, scale_1, scale_2, scale_3, shift_0, shift_1, shift_2, shift_3,
+    tokens, segments, eps, scale_0, scale_1, scale_2, scale_3, centre_0, centre_1, centre_2, centre_3,
     P: tl.constexpr, PATCH: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
     STRIDE: tl.constexpr,
 ):  # fmt: skip
@@ -150,8 +150,8 @@ def backward_kernel(
 
             if weight_ptr is not None:
                 pixel = tl.load(pixels_ptr + offs, mask=mask, other=0).to(tl.float32)
-                shift = _per_channel(channel, shift_0, shift_1, shift_2, shift_3)
-                unit, rstd = _unit(tl.where(mask, pixel * scale[None, :] + shift[None, :], 0.0), mask_p, eps, P)
+                centre = _per_channel(channel, centre_0, centre_1, centre_2, centre_3)
+                unit, rstd = _unit(tl.where(mask, (pixel - centre[None, :]) * scale[None, :], 0.0), mask_p, eps, P)
                 d_weight += tl.sum(d_value * unit, 0)
                 d_bias += tl.sum(d_value, 0)
                 d_unit = d_value * weight[None, :]
@@ -196,12 +196,12 @@ def choose_config(values: int, patch_size: int, normed: bool, itemsize: int) -> 
 
 
 def _scales(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> list[float]:
-    """scale of four channels, then shift of four channels."""
+    """scale of four channels, then centre of four channels."""
     range_ = 1.0 if pixels.is_floating_point() else 255.0
     unused = [0.0] * (4 - len(std))
     scales = [1 / (range_ * deviation) for deviation in std]
-    shifts = [-centre / deviation for centre, deviation in zip(mean, std, strict=True)]
-    return [*scales, *unused, *shifts, *unused]
+    centres = [range_ * value for value in mean]
+    return [*scales, *unused, *centres, *unused]
 
 
 def patchify(
