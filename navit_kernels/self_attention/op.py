@@ -179,7 +179,7 @@ def _run(
         host_offsets = None
     else:
         items, offsets, host_offsets = plan.items, plan.offsets, plan.host_offsets
-    kinds = [NORM_CODES[norm and norm.kind] for norm in (q_norm, k_norm)]
+    kinds = [NORM_CODES[None if norm is None else norm.kind] for norm in (q_norm, k_norm)]
     q_norm, k_norm = q_norm or HeadNorm(), k_norm or HeadNorm()
     parameters = (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias)
     weights = [None if tensor is None else tensor.contiguous() for tensor in parameters]
@@ -286,11 +286,11 @@ def _backward_kernels(
 
     *shared, weight_grads = rest
     if k is None or v is None:
-        dqkv = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        dqkv = q.new_empty(q.shape)
         dq, dk, dv = dqkv.unbind(1)
         outputs = (dqkv, q.new_empty(0), q.new_empty(0))
     else:
-        outputs = dq, dk, dv = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        dq, dk, dv = outputs = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     with torch.cuda.device_of(q):
         weights_H3D = backward(_launcher(q, k, v, *shared), dout, out, lse, r, dq, dk, dv, weight_grads)
