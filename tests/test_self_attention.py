@@ -1,0 +1,425 @@
+"""varlen_attention: what it computes on a CPU, its checks, and its kernels in the interpreter."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from unittest import mock
+
+import numpy
+import pytest
+import torch
+from attention_checks import (
+    BF16,
+    FP16,
+    FP32,
+    FP64,
+    KINDS,
+    Case,
+    assert_alone_as_in_company,
+    assert_checkpointing_changes_nothing,
+    assert_compiles_once,
+    assert_matches_reference,
+    assert_opcheck,
+    assert_other_images_do_not_leak,
+    assert_packed_is_unpacked,
+    assert_strides_do_not_matter,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+from navit_kernels import HeadNorm, plan_pack, varlen_attention, varlen_attention_qkvpacked
+from navit_kernels.plan import CLASSES
+from navit_kernels.self_attention import op
+from navit_kernels.self_attention.config import SUPPORTED_HEAD_DIMS, choose_config, rows_of_class, split_head_dim
+from navit_kernels.testing import cu_seqlens_of
+
+SMALL = Case((3, 0, 1, 5), heads=2, width=16, dtype=FP64)
+
+
+# The reference
+
+
+@pytest.mark.parametrize("spread", [1.0, 7.0])
+def test_reference_is_attention_inside_each_image(spread: float) -> None:
+    case = replace(SMALL, q_kind=None, k_kind=None, spread=spread)
+    tensors = case.inputs()
+    out_THD = case.attend(tensors)[0]
+    images = zip(*(tensors[name].split(case.lengths) for name in "qkv"), out_THD.split(case.lengths), strict=True)
+    for q, k, v, out in images:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        expected = F.scaled_dot_product_attention(q, k, v, scale=case.options({}).get("softmax_scale"))
+        torch.testing.assert_close(out, expected.transpose(0, 1))
+
+
+def test_reference_layer_norm_is_torch_layer_norm() -> None:
+    tensors = SMALL.inputs()
+    normed = dict(tensors)
+    for side in "qk":
+        weight, bias = tensors[f"{side}_weight"], tensors[f"{side}_bias"]
+        normed[side] = F.layer_norm(tensors[side], (16,), weight.double(), bias.double(), 1e-6)
+    plain = replace(SMALL, q_kind=None, k_kind=None)
+    torch.testing.assert_close(SMALL.attend(tensors)[0], plain.attend(normed)[0])
+
+
+@pytest.mark.parametrize("kind", ["rms_norm", "l2"])
+def test_reference_norms_of_one_size(kind: str) -> None:
+    q_THD, k_THD = torch.randn(2, 6, 3, 16, dtype=FP64)
+    weight_HD, bias_D = torch.randn(3, 16, dtype=FP64), torch.randn(16, dtype=FP64)
+    unit = F.rms_norm(q_THD, (16,), eps=1e-6) if kind == "rms_norm" else F.normalize(q_THD, dim=-1) * 16**0.5
+    cu_seqlens = cu_seqlens_of([6])
+    expected = varlen_attention(unit * weight_HD + bias_D, k_THD, k_THD, cu_seqlens)
+    actual = varlen_attention(q_THD, k_THD, k_THD, cu_seqlens, q_norm=HeadNorm(kind, weight_HD, bias_D))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_images_of_different_lengths_on_the_two_sides() -> None:
+    case = replace(SMALL, lengths=(3, 0, 2, 4), lengths_k=(5, 2, 0, 1))
+    tensors = case.inputs()
+    out_THD, lse_HT = case.attend(tensors)
+    assert not out_THD[3:5].any(), "queries without keys get zeros"
+    assert (lse_HT[:, 3:5] == -float("inf")).all()
+    torch.testing.assert_close(out_THD[5:], tensors["v"][7:].expand(4, -1, -1))
+    alone = replace(case, lengths=(3,), lengths_k=(5,))
+    first = {k: v[:3] if k == "q" else v[:5] if k in ("k", "v") else v for k, v in tensors.items()}
+    assert torch.equal(alone.attend(first)[0], out_THD[:3])
+
+
+def test_log_sum_exp_is_that_of_the_scores_and_carries_no_gradient() -> None:
+    case = replace(SMALL, q_kind=None, k_kind=None, lengths=(4,))
+    tensors = {name: tensor.requires_grad_() for name, tensor in case.inputs().items()}
+    _, lse_HT = case.attend(tensors)
+    scores_HQK = torch.einsum("qhd,khd->hqk", tensors["q"], tensors["k"]) / 4
+    torch.testing.assert_close(lse_HT, scores_HQK.logsumexp(-1))
+    assert not lse_HT.requires_grad
+    assert case.results(case.inputs(), dtype=FP32)["lse"].dtype == FP32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths_k", [None, (2, 3, 0)])
+def test_reference_gradients(kind: str | None, lengths_k: tuple[int, ...] | None) -> None:
+    case = Case((3, 0, 1), 2, 3, FP64, kind, kind, "per head", lengths_k=lengths_k)
+    tensors = {name: tensor.double().requires_grad_() for name, tensor in case.inputs().items() if name != "dout"}
+    attend = lambda *values: case.attend(dict(zip(tensors, values, strict=True)))[0]  # noqa: E731
+    assert torch.autograd.gradcheck(attend, tuple(tensors.values()))
+
+
+def test_every_parameter_gets_a_gradient_and_the_bias_of_k_gets_zero() -> None:
+    results = SMALL.results(SMALL.inputs(), dtype=FP64)
+    for name in ("dq", "dk", "dv", "dq_weight", "dq_bias", "dk_weight"):
+        assert results[name].any(), name
+    assert results["dk_bias"].abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0), (1,), (0, 1, 0)], ids=str)
+def test_empty_and_tiny_packs(lengths: tuple[int, ...]) -> None:
+    case = replace(SMALL, lengths=lengths)
+    tensors = case.inputs()
+    results = case.results(tensors)
+    assert results["out"].shape == (sum(lengths), 2, 16)
+    assert results["lse"].shape == (2, sum(lengths))
+    torch.testing.assert_close(results["out"], tensors["v"], rtol=0, atol=0)  # of one token: its own value
+    assert not results["dq"].any()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=str)
+def test_packed_is_unpacked(dtype: torch.dtype) -> None:
+    assert_packed_is_unpacked(replace(SMALL, dtype=dtype), "cpu")
+
+
+def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_input_dtype() -> None:
+    case = replace(SMALL, dtype=FP32)
+    tensors = case.inputs()
+    qkv_T3HD = torch.stack([tensors[name] for name in "qkv"], 1).requires_grad_()
+    cu_seqlens = cu_seqlens_of(list(case.lengths))
+    with torch.autocast("cpu", BF16):
+        out_THD = varlen_attention(*qkv_T3HD.unbind(1), cu_seqlens)
+        assert torch.equal(varlen_attention_qkvpacked(qkv_T3HD, cu_seqlens), out_THD)
+    assert torch.equal(out_THD, varlen_attention(*qkv_T3HD.to(BF16).unbind(1), cu_seqlens))
+    assert torch.autograd.grad(out_THD.sum(), qkv_T3HD)[0].dtype == FP32
+
+
+def test_checkpointing_changes_nothing() -> None:
+    assert_checkpointing_changes_nothing(replace(SMALL, dtype=FP32), "cpu")
+
+
+# What is refused, and in which words
+
+
+def call(**changes: object) -> object:
+    """A good call, on two images of 2 and 4 tokens, two heads of width 16, with some arguments changed."""
+    x_THD = torch.ones(6, 2, 16)
+    arguments = {"q": x_THD, "k": x_THD, "v": x_THD, "cu_seqlens": cu_seqlens_of([2, 4]), "cu_seqlens_k": None}
+    q, k, v, cu_seqlens, cu_seqlens_k = (changes.pop(name, value) for name, value in arguments.items())
+    return varlen_attention(q, k, v, cu_seqlens, cu_seqlens_k, **changes)
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def test_a_good_call_is_not_refused() -> None:
+    call()
+    call(plan=plan_pack([2, 4]), backend="reference", softmax_scale=0.5)
+    call(cu_seqlens_k=int32(0, 6, 6), plan=plan_pack([2, 4], lengths_k=[6, 0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.ones(6, 16)}, r"q must be \(T, H, D\) = \(any, any, any\), got \(6, 16\)"),
+        ({"q": [1.0]}, r"q must be a tensor \(T, H, D\), got list"),
+        ({"k": torch.ones(6, 2, 24)}, r"k must be \(T, H, D\) = \(any, any, 16\), got \(6, 2, 24\)"),
+        ({"k": torch.ones(6, 1, 16)}, r"k must be of q's head count 2 \(grouped and multi-query.*got 1"),
+        ({"v": torch.ones(6, 4, 16)}, r"v must be of q's head count 2 .*got 4"),
+        ({"v": torch.ones(5, 2, 16)}, r"v must be \(T, H, D\) = \(6, 2, 16\), got \(5, 2, 16\)"),
+        ({"k": torch.ones(5, 2, 16), "v": torch.ones(5, 2, 16)}, r"k must be \(T, H, D\) = \(6, 2, 16\), got \(5"),
+        ({"k": torch.ones(6, 2, 16, dtype=FP16)}, r"k must be of q's dtype torch.float32, got torch.float16"),
+        ({"v": torch.ones(6, 2, 16, device="meta")}, r"v must be on q's device cpu, got meta"),
+        ({"cu_seqlens": [0, 2, 6]}, r"cu_seqlens must be a tensor \(S \+ 1,\), got list"),
+        ({"cu_seqlens": int32(0, 6)[None]}, r"cu_seqlens must be a tensor \(S \+ 1,\), got \(1, 2\)"),
+        ({"cu_seqlens": int32()}, r"cu_seqlens must be a tensor \(S \+ 1,\), got \(0,\)"),
+        ({"cu_seqlens": int32(0, 2, 6).long()}, r"cu_seqlens must be int32, got torch.int64"),
+        ({"cu_seqlens": int32(0, 2, 6).to("meta")}, r"cu_seqlens must be on q's device cpu, got meta"),
+        ({"cu_seqlens": int32(1, 2, 6)}, r"cu_seqlens\[0\] must be 0, got 1"),
+        ({"cu_seqlens": int32(0, 2, 5)}, r"cu_seqlens\[-1\] must be the number of tokens, 6, got 5"),
+        ({"cu_seqlens": int32(0, 4, 2, 6)}, r"cu_seqlens must be non-decreasing, got 4 followed by 2 at position 1"),
+        ({"cu_seqlens_k": int32(0, 6)}, r"cu_seqlens_k must be \(S \+ 1,\) = \(3,?\), got \(2,\)"),
+        ({"cu_seqlens_k": int32(0, 2, 7)}, r"cu_seqlens_k\[-1\] must be the number of tokens, 6, got 7"),
+        ({"q_norm": "layer_norm"}, r"q_norm must be a HeadNorm or None, got str"),
+        ({"q_norm": HeadNorm(weight=torch.ones(6, 16))}, r"q_norm.weight must be \(D,\) = \(16,\) or \(H, D\)"),
+        ({"k_norm": HeadNorm(bias=torch.ones(1, 16))}, r"k_norm.bias must be \(D,\) = \(16,\) or \(H, D\) = \(2, 16\)"),
+        ({"k_norm": HeadNorm(weight=torch.ones(16, device="meta"))}, r"k_norm.weight must be on k's device cpu"),
+        ({"backend": "flash"}, r"backend must be 'auto' or 'reference' or 'triton' or 'fa3' or 'fa4', got 'flash'"),
+        ({"backend": "triton"}, r"q must be on a GPU for backend='triton', got cpu"),
+        ({"plan": [2, 4]}, r"plan must be a PackPlan, got list"),
+        ({"plan": plan_pack([2, 3, 1])}, r"plan.cu_seqlens must be \(S \+ 1,\) = \(3,?\), got \(4,\)"),
+        ({"plan": plan_pack([2, 4]).to("meta")}, r"plan.* must be on q's device cpu, got meta"),
+        ({"plan": plan_pack([2, 4], lengths_k=[1, 5])}, r"plan must be made with lengths_k exactly where cu_seqlens_k"),
+        ({"plan": plan_pack([2, 4]), "cu_seqlens_k": int32(0, 1, 6)}, "plan must be made with lengths_k"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_errors_say_name_expected_and_got(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_rope_is_reserved() -> None:
+    with pytest.raises(NotImplementedError, match="rope"):
+        call(rope=torch.ones(6, 16))
+
+
+def test_head_norm_errors() -> None:
+    with pytest.raises(ValueError, match="HeadNorm kind must be 'layer_norm' or 'rms_norm' or 'l2', got 'batch'"):
+        HeadNorm("batch")
+    with pytest.raises(ValueError, match="HeadNorm eps must be at least 0, got -1"):
+        HeadNorm(eps=-1)
+
+
+def test_packed_errors() -> None:
+    with pytest.raises(ValueError, match=r"qkv must be \(T, 3, H, D\) = \(any, 3, any, any\), got \(6, 2, 16\)"):
+        varlen_attention_qkvpacked(torch.ones(6, 2, 16), cu_seqlens_of([6]))
+    with pytest.raises(ValueError, match=r"cu_seqlens\[-1\] must be the number of tokens, 6, got 5"):
+        varlen_attention_qkvpacked(torch.ones(6, 3, 2, 16), cu_seqlens_of([5]))
+
+
+def on_meta(width: int = 16, dtype: torch.dtype = BF16) -> dict[str, Tensor]:
+    """Tensors that only the kernels' path takes: it fills shapes in and computes nothing."""
+    shapes = {name: torch.empty(6, 2, width, dtype=dtype, device="meta") for name in "qkv"}
+    return shapes | {"cu_seqlens": int32(0, 2, 6).to("meta")}
+
+
+@pytest.mark.parametrize("width", [8, 12, 20, 136, 256])
+def test_kernels_refuse_other_head_widths(width: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"q must be of a head width D that is a multiple of 8 from 16 to 128, got {width}"
+    ):
+        call(**on_meta(width))
+
+
+def test_kernels_refuse_other_dtypes() -> None:
+    with pytest.raises(ValueError, match="q must be bfloat16 or float16 or float32"):
+        call(**on_meta(dtype=FP64))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_kernels_refuse_heads_that_are_not_contiguous(name: str) -> None:
+    strided = torch.empty(6, 16, 2, dtype=BF16, device="meta").transpose(1, 2)
+    with pytest.raises(ValueError, match=rf"{name} must be contiguous over D, got strides \(32, 1, 2\)"):
+        call(**(on_meta() | {name: strided}))
+
+
+# The launch table
+
+
+@pytest.mark.parametrize("arch", [0, 80, 89, 90, 100])
+@pytest.mark.parametrize("bits", [16, 32])
+def test_every_launch_covers_its_class(arch: int, bits: int) -> None:
+    for width, index in itertools.product(SUPPORTED_HEAD_DIMS, range(CLASSES)):
+        config, rows = choose_config(arch, width, index, bits), rows_of_class(index)
+        assert config.forward.kernel in ("tile", "stream")
+        assert (config.queries is not None) == (config.backward.kernel == "stream")
+        for launch in filter(None, (config.forward, config.backward, config.queries)):
+            assert all(size >= 16 and size & (size - 1) == 0 for size in (launch.block_m, launch.block_n))
+            assert rows % launch.block_m == 0
+            if launch.kernel != "stream":
+                assert launch.block_m == rows
+                assert index < CLASSES - 1, "the last class has no longest image"
+        if config.queries:
+            assert rows % config.backward.block_n == 0
+
+
+@pytest.mark.parametrize("width", SUPPORTED_HEAD_DIMS)
+def test_column_parts_cover_a_head(width: int) -> None:
+    first, second = split_head_dim(width)
+    assert all(size & (size - 1) == 0 for size in (first, second))
+    assert first <= width <= first + second
+    assert first >= 16
+    assert second == 0 or 16 <= second <= first
+
+
+# The kernels, in the interpreter. Its products in bfloat16 are wrong: float16 and float32 stand in.
+
+
+@pytest.fixture
+def kernels_on_cpu() -> Iterator[None]:
+    """The kernels' way through the public op, for CPU tensors."""
+    with torch.library._scoped_library("navit_kernels", "IMPL") as library:
+        library.impl("plan", op._plan, "CPU")
+        library.impl("varlen_attention", op._forward, "CPU")
+        library.impl("varlen_attention_backward", op._backward_kernels, "CPU")
+        takes_reference = mock.patch.object(op, "_takes_reference", lambda backend, q_THD: backend == "reference")
+        with takes_reference, mock.patch("numpy.nanargmin", numpy.argmin):  # the interpreter's, of a row of NaN, raises
+            yield
+
+
+def interpreted_cases() -> Iterator[Case]:
+    """Every norm, head width and dtype, with everything else in rotation; then the inputs that hurt."""
+    rotation = zip(
+        itertools.cycle([(17, 63, 0), (129, 1), (65, 0, 15), (1, 64, 16), (257,), (16, 1, 0, 15, 17), (64, 129)]),
+        itertools.cycle(["shared", "per head", "absent"]),
+        itertools.cycle([True, True, False, False, True]),
+        itertools.cycle([True, False]),
+        strict=False,
+    )
+    combinations = itertools.product((24, 64, 72, 128), KINDS, (FP16, FP32))
+    for (width, kind, dtype), (lengths, weight, bias, planned) in zip(combinations, rotation, strict=False):
+        heads = 1 if max(lengths) > 100 else 2
+        yield Case(lengths, heads, width, dtype, kind, kind, weight, bias, planned=planned)
+    cross = Case((20, 300, 31, 0, 5), 1, 64, FP16, lengths_k=(300, 20, 0, 7, 140))
+    yield from (cross, replace(cross, planned=False, q_kind=None, weight="per head"), replace(cross, k_kind=None))
+    for dtype, lengths in ((FP16, (60, 130, 260)), (FP32, (20, 130))):
+        hard = Case(lengths, 1, 64, dtype)
+        yield from (replace(hard, mean=10.0), replace(hard, spread=30.0), replace(hard, heavy_tails=True))
+    yield Case((20, 130), 1, 64, FP16, None, None, spread=30.0)
+
+
+def name_of(case: Case) -> str:
+    sides = case.q_kind if case.q_kind == case.k_kind else f"{case.q_kind}-{case.k_kind}"
+    return f"{sides}-{case.width}-{case.dtype}".replace("torch.", "") + f"-{case.lengths}".replace(" ", "")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", list(interpreted_cases()), ids=name_of)
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_kernels_match_reference(case: Case) -> None:
+    assert_matches_reference(case, "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_other_images_do_not_leak(planned: bool) -> None:
+    assert_other_images_do_not_leak(Case(heads=1, width=16, planned=planned), "cpu")
+    cross = Case((20, 270, 31, 5), 1, 16, lengths_k=(40, 20, 100, 140), planned=planned)
+    assert_other_images_do_not_leak(cross, "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_an_image_has_the_same_bits_alone_and_in_any_pack() -> None:
+    assert_alone_as_in_company(Case((1, 60, 100, 200, 300), 1, 16), "cpu", packs=2)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0), (1,), (0, 1, 0)], ids=str)
+@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_kernels_of_empty_and_tiny_packs(lengths: tuple[int, ...], planned: bool) -> None:
+    case = Case(lengths, 2, 16, planned=planned)
+    tensors = case.inputs()
+    results = case.results(tensors)
+    assert torch.equal(results["out"], tensors["v"])
+    assert torch.equal(results["dv"], tensors["dout"])
+    assert not any(results[name].any() for name in ("dq", "dk", "dq_weight", "dq_bias", "dk_weight", "dk_bias"))
+    assert_packed_is_unpacked(case, "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("lengths", "lengths_k"), [((2, 3), (0, 0)), ((0, 0), (2, 3)), ((0, 3), (2, 0))], ids=str)
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_kernels_of_queries_without_keys(lengths: tuple[int, ...], lengths_k: tuple[int, ...]) -> None:
+    for planned in (True, False):
+        case = Case(lengths, 2, 16, lengths_k=lengths_k, planned=planned)
+        results = case.results(case.inputs())
+        assert (results.pop("lse") == -float("inf")).all()
+        assert not any(tensor.any() for tensor in results.values())
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_kernels_packed_is_unpacked() -> None:
+    assert_packed_is_unpacked(Case((20, 0, 140), 2, 24), "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("weight", ["shared", "per head"])
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_strides_do_not_matter(weight: str) -> None:
+    assert_strides_do_not_matter(Case((20, 140), 2, 24, weight=weight), "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_frozen_parameters_and_inference_save_no_state() -> None:
+    case = Case((5, 140), 2, 16)
+    tensors = case.inputs()
+    expected = case.results(tensors)
+    shapes = []
+    forward = torch.ops.navit_kernels.varlen_attention
+
+    def spy(*arguments: object) -> tuple[Tensor, ...]:
+        outputs = forward(*arguments)
+        shapes.append([tuple(tensor.shape) for tensor in outputs])
+        return outputs
+
+    with mock.patch.object(torch.ops.navit_kernels, "varlen_attention", spy):
+        q, k, v = (tensors[name] for name in "qkv")
+        out_THD = varlen_attention(q, k, v, cu_seqlens_of([5, 140]), **case.options(tensors))
+        assert torch.equal(out_THD, expected["out"])
+        assert shapes.pop()[1] == (0,)
+        v.requires_grad_()
+        out_THD = varlen_attention(q, k, v, cu_seqlens_of([5, 140]), **case.options(tensors))
+        assert shapes.pop()[1] == (2, 145)
+    assert torch.equal(torch.autograd.grad(out_THD, v, tensors["dout"])[0], expected["dv"])
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_opcheck() -> None:
+    assert_opcheck("cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("planned", "packed"), [(True, True), (False, False)])
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_compile_once_for_all_batches(planned: bool, packed: bool) -> None:
+    assert_compiles_once("cpu", "aot_eager", planned, packed)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_checkpointing_changes_nothing_for_kernels() -> None:
+    assert_checkpointing_changes_nothing(Case((5, 70), 2, 16), "cpu")
