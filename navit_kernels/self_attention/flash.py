@@ -28,20 +28,19 @@ def attention(
         q_THD, k_THD = normalize(q_THD, k_THD, q_norm, k_norm)
     if q_THD.shape[0] == 0 or k_THD.shape[0] == 0:
         # zeros, so that every input still gets its gradient; sums over no keys are zeros, too
-        out_THD = (
-            q_THD.masked_fill(torch.ones((), dtype=torch.bool, device=q_THD.device), 0) + k_THD.sum() + v_THD.sum()
-        )
+        everywhere = torch.ones((), dtype=torch.bool, device=q_THD.device)
+        out_THD = q_THD.masked_fill(everywhere, 0) + k_THD.sum() + v_THD.sum()
         lse_HT = q_THD.new_full(q_THD.shape[1::-1], -torch.inf, dtype=torch.float32)
         return (out_THD, lse_HT) if return_lse else out_THD
     longest, longest_k = _longest(plan, cu_seqlens, cu_seqlens_k)
-    out_THD, lse_HT = attend(
+    out_THD, lse_or_none = attend(
         q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, longest, longest_k,
         scale, return_lse,
     )  # fmt: skip
     if not return_lse:
         return out_THD
-    assert lse_HT is not None
-    lse_HT = lse_HT.detach().masked_fill(lse_HT.isposinf(), -torch.inf)  # without keys, in some versions
+    assert lse_or_none is not None
+    lse_HT = lse_or_none.detach().masked_fill(lse_or_none.isposinf(), -torch.inf)  # without keys, in some versions
     if k_norm is not None and k_norm.bias is not None:  # which the norm pass leaves out
         lse_HT = lse_HT + scale * (q_THD.detach().float() * k_norm.bias.detach()).sum(-1).T
     return out_THD, lse_HT
@@ -134,7 +133,7 @@ class _Fa3(torch.autograd.Function):
 
 def normalize(q_THD: Tensor, k_THD: Tensor, q_norm: HeadNorm | None, k_norm: HeadNorm | None) -> tuple[Tensor, Tensor]:
     """q_norm(q) and k_norm(k), the latter without its bias, in one launch; a side without a norm passes through."""
-    kinds = [NORM_CODES[norm and norm.kind] for norm in (q_norm, k_norm)]
+    kinds = [0 if norm is None else NORM_CODES[norm.kind] for norm in (q_norm, k_norm)]
     q_side, k_side = q_norm or HeadNorm(), k_norm or HeadNorm()
     q_out, k_out = torch.ops.navit_kernels.head_norms(
         q_THD, k_THD, q_side.weight, q_side.bias, k_side.weight, k_side.bias, kinds[0], q_side.eps, kinds[1], k_side.eps
@@ -162,11 +161,14 @@ def _sides(
     return Side(q, q_kind, q_weight, q_bias, q_eps), Side(k, k_kind, k_weight, None, k_eps)
 
 
-@torch.library.impl("navit_kernels::head_norms", "CUDA")
-def _forward(*shared: Any) -> tuple[Tensor, Tensor]:
-    from . import kernel_flash
+def _forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    from .kernel_flash import forward
 
-    return kernel_flash.forward(*_sides(*shared))
+    with torch.cuda.device_of(q):
+        return forward(*_sides(q, *rest))
+
+
+torch.library.impl("navit_kernels::head_norms", "CUDA", _forward)
 
 
 @torch.library.register_fake("navit_kernels::head_norms")
@@ -174,13 +176,16 @@ def _(q, k, q_weight, q_bias, k_weight, k_bias, q_kind, q_eps, k_kind, k_eps):  
     return q.new_empty(q.shape if q_kind else (0,)), k.new_empty(k.shape if k_kind else (0,))
 
 
-@torch.library.impl("navit_kernels::head_norms_backward", "CUDA")
-def _backward_kernel(q_dout: Tensor, k_dout: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    from . import kernel_flash
+def _backward_kernel(q_dout: Tensor, k_dout: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    from .kernel_flash import backward
 
     *shared, q_sums, k_sums = rest
-    q, k = _sides(*shared)
-    return kernel_flash.backward(q, k, q_dout, k_dout, q_sums, k_sums)
+    q_side, k_side = _sides(q, *shared)
+    with torch.cuda.device_of(q):
+        return backward(q_side, k_side, q_dout, k_dout, q_sums, k_sums)
+
+
+torch.library.impl("navit_kernels::head_norms_backward", "CUDA", _backward_kernel)
 
 
 @torch.library.register_fake("navit_kernels::head_norms_backward")

@@ -6,7 +6,8 @@ Per head and row x, of q or k, with x̂ = r·C x (C the centring of layer_norm, 
 
 βk is left out: it shifts all scores of a query alike, which softmax does not see. The sums over rows are taken by
 program into `partials` (N, H, 2, D), then over the programs in a fixed order. A program owns ROWS tokens of one head;
-the first programs have q's tokens, the others k's. A side without a norm (NONE) has no programs.
+the first programs have q's tokens, the others k's. A side without a norm (NONE) has no programs. Strides are constants
+as in kernel.py.
 
 LayerNorm: Ba, Kiros, Hinton 2016, arXiv 1607.06450; QK norm as in ViT-22B (Dehghani et al. 2023, arXiv 2302.05442).
 T tokens, H heads, D head width, N programs of a head.
@@ -39,7 +40,7 @@ from .steps import (
 )
 
 ELEMENTS = 4096  # of a program's tile, rounded down to whole rows of D1 + D2
-WARPS = 4
+FORWARD_WARPS, BACKWARD_WARPS = 4, 8  # at most 64 and 96 registers at D = 64 on sm_90; untimed
 
 
 @triton.jit
@@ -66,8 +67,9 @@ def normalize_rows(
 
 @triton.jit(do_not_specialize=["q_tokens", "k_tokens"])
 def forward_norms(
-    q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, q_tokens, k_tokens,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, q_weight_stride, q_bias_stride, k_weight_stride, q_eps, k_eps,
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, q_tokens, k_tokens, q_eps, k_eps,
+    q_stride_t: tl.constexpr, q_stride_h: tl.constexpr, k_stride_t: tl.constexpr, k_stride_h: tl.constexpr,
+    q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +120,8 @@ def normalize_rows_backward(
 @triton.jit(do_not_specialize=["q_tokens", "k_tokens"])
 def backward_norms(
     q_ptr, k_ptr, q_dout_ptr, k_dout_ptr, dq_ptr, dk_ptr, q_partials_ptr, k_partials_ptr, q_weight_ptr, k_weight_ptr,
-    q_tokens, k_tokens, q_stride_t, q_stride_h, k_stride_t, k_stride_h, q_weight_stride, k_weight_stride, q_eps, k_eps,
+    q_tokens, k_tokens, q_eps, k_eps, q_stride_t: tl.constexpr, q_stride_h: tl.constexpr, k_stride_t: tl.constexpr,
+    k_stride_h: tl.constexpr, q_weight_stride: tl.constexpr, k_weight_stride: tl.constexpr,
     H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     Q_WEIGHT: tl.constexpr, K_WEIGHT: tl.constexpr, Q_SUMS: tl.constexpr, K_SUMS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +184,7 @@ def forward(q: Side, k: Side) -> tuple[Tensor, Tensor]:
     if programs := _programs(q, shape) + _programs(k, shape):
         forward_norms[(programs * shape["H"],)](
             **shape, **q.arguments("q", "weight", "bias"), **k.arguments("k", "weight"),
-            q_out_ptr=outputs[0], k_out_ptr=outputs[1], num_warps=WARPS,
+            q_out_ptr=outputs[0], k_out_ptr=outputs[1], num_warps=FORWARD_WARPS,
         )  # fmt: skip
     return outputs[0], outputs[1]
 
@@ -203,7 +206,8 @@ def backward(
     if programs := _programs(q, shape) + _programs(k, shape):
         backward_norms[(programs * shape["H"],)](
             **shape, **q.arguments("q", "weight"), **k.arguments("k", "weight"),
-            q_dout_ptr=q_dout.contiguous(), k_dout_ptr=k_dout.contiguous(), dq_ptr=dx[0], dk_ptr=dx[1], q_partials_ptr=partials[0], k_partials_ptr=partials[1],
-            Q_SUMS=q_sums, K_SUMS=k_sums, num_warps=WARPS,
+            q_dout_ptr=q_dout.contiguous(), k_dout_ptr=k_dout.contiguous(), dq_ptr=dx[0], dk_ptr=dx[1],
+            q_partials_ptr=partials[0], k_partials_ptr=partials[1],
+            Q_SUMS=q_sums, K_SUMS=k_sums, num_warps=BACKWARD_WARPS,
         )  # fmt: skip
     return dx[0], dx[1], *(p.sum(0) if wanted else p for p, wanted in zip(partials, sums, strict=True))
