@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -49,6 +49,17 @@ class Case:
     mean: float = 0.0  # of the keys, in standard deviations
     spread: float = 1.0  # of the scores, roughly
     heavy_tails: bool = False
+
+    def __str__(self) -> str:
+        """What differs from the default, short enough for a test's name."""
+        changed = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+        short = {
+            name: f"{len(value)} images"
+            if isinstance(value, tuple) and len(value) > 6
+            else str(value).removeprefix("torch.")
+            for name, value in changed.items()
+        }
+        return ", ".join(f"{name}={value}" for name, value in short.items()).replace("lengths=", "") or "default"
 
     def inputs(self, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
         """All tensors of a call: q, k, v (views of one qkv where lengths agree), the norms' parameters, dout."""

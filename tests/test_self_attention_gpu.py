@@ -1,0 +1,399 @@
+"""varlen_attention on a GPU. For compute-sanitizer: -k sanitize.
+
+T tokens, S segments (images), H heads, D head width.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from attention_checks import (
+    BF16,
+    EVERY_CLASS,
+    FP16,
+    FP32,
+    FP64,
+    KINDS,
+    Case,
+    assert_alone_as_in_company,
+    assert_checkpointing_changes_nothing,
+    assert_compiles_once,
+    assert_matches_reference,
+    assert_opcheck,
+    assert_other_images_do_not_leak,
+    assert_packed_is_unpacked,
+    assert_same_bits,
+    assert_strides_do_not_matter,
+    poisoned_memory,
+)
+from torch import Tensor
+
+from navit_kernels import PackPlan, plan_pack, varlen_attention, varlen_attention_qkvpacked
+from navit_kernels.testing import assert_error_within, cu_seqlens_of
+
+pytestmark = pytest.mark.gpu
+
+AWKWARD = (0, 1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 300, 513, 0)
+MAIN = Case(AWKWARD, heads=2, width=64, dtype=BF16)  # most tests share its kernels: each other case compiles a dozen
+CROSS = replace(MAIN, lengths=(20, 300, 31, 0, 5, 100, 0), lengths_k=(300, 20, 0, 7, 140, 60, 0))
+
+
+# Accuracy
+
+
+def cases() -> Iterator[Case]:
+    """Every head width, with norms, dtypes and all else in rotation; the fast widths in bf16; the inputs that hurt."""
+    rotation = zip(
+        itertools.cycle(KINDS),
+        itertools.cycle((BF16, FP16, FP32)),
+        itertools.cycle(("shared", "per head", "absent", "shared", "per head")),
+        itertools.cycle((True, True, False)),
+        itertools.cycle((True, False)),
+        strict=False,
+    )
+    for width, (kind, dtype, weight, bias, planned) in zip(range(16, 129, 8), rotation, strict=False):
+        yield Case(AWKWARD, 2, width, dtype, kind, kind, weight, bias, planned=planned)
+    for width, planned in zip((72, 80, 96, 128), itertools.cycle((True, False)), strict=False):
+        yield replace(MAIN, width=width, planned=planned)
+    for dtype in (BF16, FP16, FP32):
+        hard = replace(MAIN, dtype=dtype)
+        yield from (replace(hard, mean=10.0), replace(hard, spread=30.0), replace(hard, heavy_tails=True))
+    yield from (CROSS, replace(CROSS, planned=False), replace(MAIN, q_kind=None), replace(MAIN, k_kind=None))
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=str)
+def test_gpu_matches_reference(case: Case) -> None:
+    assert_matches_reference(case, "cuda")
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_gpu_ten_thousand_images(planned: bool) -> None:
+    """Half of them empty, the others of 5 tokens: the reference takes those as heads of one image."""
+    case = replace(MAIN, lengths=(0, 5) * 5000, planned=planned)
+    tensors = case.inputs("cuda")
+
+    def fold(named: dict[str, Tensor]) -> dict[str, Tensor]:
+        rows = {
+            n: x.unflatten(0, (-1, 5)).transpose(0, 1).flatten(1, 2) for n, x in named.items() if x.shape[0] == 25_000
+        }
+        return {name: rows.get(name, tensor) for name, tensor in named.items() if name != "lse"}
+
+    one = replace(case, lengths=(5,), heads=5000 * case.heads)
+    exact, at_dtype = (one.results(fold(tensors), "reference", dtype) for dtype in (FP64, None))
+    for name, actual in fold(case.results(tensors)).items():
+        if name != "dk_bias":
+            assert_error_within(actual, exact[name], at_dtype[name], name)
+
+
+@pytest.mark.parametrize("lengths", [(), (0,), (0, 0), (1,), (0, 1, 0)], ids=str)
+def test_gpu_empty_and_tiny_packs(lengths: tuple[int, ...]) -> None:
+    for planned in (True, False):
+        case = replace(MAIN, lengths=lengths, planned=planned)
+        tensors = case.inputs("cuda")
+        results = case.results(tensors)
+        assert torch.equal(results["out"], tensors["v"])
+        assert torch.equal(results["dv"], tensors["dout"])
+        assert not any(results[name].any() for name in ("dq", "dk", "dq_weight", "dq_bias", "dk_weight", "dk_bias"))
+        assert_packed_is_unpacked(case, "cuda")
+
+
+# Bits
+
+
+@pytest.mark.parametrize("case", [MAIN, replace(MAIN, planned=False), replace(MAIN, dtype=FP32)], ids=str)
+def test_gpu_results_repeat_bitwise(case: Case) -> None:
+    tensors = case.inputs("cuda")
+    first = case.results(tensors)
+    for _ in range(5):
+        other = torch.randn(2048, 2048, device="cuda")
+        for _ in range(3):
+            other = torch.softmax(other @ other, -1)
+        assert_same_bits(case.results(tensors), first)
+
+
+@pytest.mark.parametrize(("case", "packs"), [(MAIN, 200), (replace(MAIN, width=72, dtype=FP16), 30)], ids=str)
+def test_gpu_an_image_has_the_same_bits_alone_and_in_any_pack(case: Case, packs: int) -> None:
+    lengths = (1, 2, 7, 16, 20, 31, 32, 33, 50, 64, 65, 90, 127, 128, 129, 180, 255, 256, 257, 300, 400, 600)
+    assert_alone_as_in_company(replace(case, lengths=lengths), "cuda", packs)
+
+
+@pytest.mark.parametrize("case", [MAIN, replace(MAIN, planned=False), replace(MAIN, dtype=FP32), CROSS], ids=str)
+def test_gpu_other_images_do_not_leak(case: Case) -> None:
+    lengths = EVERY_CLASS if case.lengths_k is None else case.lengths
+    assert_other_images_do_not_leak(replace(case, lengths=lengths), "cuda")
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_gpu_packed_is_unpacked(planned: bool) -> None:
+    assert_packed_is_unpacked(replace(MAIN, planned=planned), "cuda")
+
+
+def test_gpu_strides_do_not_matter() -> None:
+    assert_strides_do_not_matter(replace(MAIN, weight="per head"), "cuda")
+
+
+def test_gpu_checkpointing_changes_nothing() -> None:
+    assert_checkpointing_changes_nothing(MAIN, "cuda")
+
+
+def test_gpu_autocast() -> None:
+    case = replace(MAIN, dtype=FP32)
+    tensors = case.inputs("cuda")
+    halved = {name: tensor.to(BF16) if tensor.dim() == 3 else tensor for name, tensor in tensors.items()}
+    with torch.autocast("cuda", BF16):
+        results = case.results(tensors | {"dout": halved["dout"]})
+    assert {name for name, tensor in results.items() if tensor.dtype == BF16} == {"out"}
+    expected = replace(MAIN).results(halved)
+    assert_same_bits(
+        {name: tensor.float() for name, tensor in results.items()}, {k: v.float() for k, v in expected.items()}
+    )
+
+
+# Sizes and addresses
+
+
+def needs_memory(gibibytes: int) -> None:
+    if torch.cuda.mem_get_info()[0] < gibibytes << 30:
+        pytest.skip(f"needs {gibibytes} GiB of free GPU memory")
+
+
+TAIL = (20, 60, 120, 250, 700)
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_gpu_qkv_of_more_than_two_to_the_31_elements(planned: bool) -> None:
+    needs_memory(24)
+    lengths, tail = (256,) * 22_000 + TAIL, sum(TAIL)
+    qkv_T3HD = torch.randn(sum(lengths), 3, 2, 64, device="cuda", dtype=BF16).requires_grad_()
+    assert qkv_T3HD[:-tail].numel() > 2**31
+    dout_THD = torch.randn(sum(lengths), 2, 64, device="cuda", dtype=BF16)
+    options = MAIN.options(MAIN.inputs("cuda"))
+
+    def attend(qkv: Tensor, dout: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        plan = plan_pack(lengths, "cuda") if planned else None
+        out = varlen_attention_qkvpacked(qkv, cu_seqlens_of(list(lengths), "cuda"), plan=plan, **options)
+        return out.detach(), torch.autograd.grad(out, qkv, dout)[0]
+
+    whole = attend(qkv_T3HD, dout_THD, lengths)
+    for own, cut in ((TAIL, slice(-tail, None)), (lengths[:2], slice(512))):
+        alone = attend(qkv_T3HD.detach()[cut].requires_grad_(), dout_THD[cut], own)
+        assert all(torch.equal(big[cut], small) for big, small in zip(whole, alone, strict=True))
+
+
+def test_gpu_head_major_tensors_of_more_than_two_to_the_31_elements() -> None:
+    """The last head alone lies beyond 2³¹ elements."""
+    needs_memory(40)
+    lengths, tail = (256,) * 9000 + TAIL, sum(TAIL)
+    x_HTD = torch.randn(16, sum(lengths), 64, device="cuda", dtype=BF16)
+    assert x_HTD[:15].numel() > 2**31
+    options = MAIN.options(MAIN.inputs("cuda"))
+
+    def attend(x_HTD: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
+        q, k, v = (x_HTD.transpose(0, 1).detach().requires_grad_() for _ in range(3))
+        out = varlen_attention(q, k, v, cu_seqlens_of(list(lengths), "cuda"), **options)
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), x_HTD.transpose(0, 1))
+
+    whole = [tensor[-tail:].clone() for tensor in attend(x_HTD, lengths)]
+    alone = attend(x_HTD[:, -tail:].contiguous(), TAIL)
+    assert all(torch.equal(big, small) for big, small in zip(whole, alone, strict=True))
+
+
+def test_gpu_wrong_cu_seqlens_do_no_harm() -> None:
+    tensors = replace(MAIN, lengths=(300,)).inputs("cuda")
+    q, k, v = (tensors[name].requires_grad_() for name in "qkv")
+    good = varlen_attention(q, k, v, cu_seqlens_of([300], "cuda"))
+    for values in (
+        [5, -(2**31), 2**31 - 1, 7],
+        [300, 200, 100, 0],
+        [0, 300, 0, 300, 0, 300],
+        [0, 10**6],
+        [-(10**6), 300],
+    ):
+        cu_seqlens = torch.tensor(values, dtype=torch.int32, device="cuda")
+        out = varlen_attention(q, k, v, cu_seqlens)
+        torch.autograd.grad(out, (q, k, v), tensors["dout"])
+        torch.cuda.synchronize()
+    assert torch.equal(varlen_attention(q, k, v, cu_seqlens_of([300], "cuda")), good)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_gpu_tensors_on_another_device_than_the_current() -> None:
+    assert torch.cuda.current_device() == 0
+    first, second = (MAIN.results(MAIN.inputs(device)) for device in ("cuda:0", "cuda:1"))
+    assert_same_bits({name: tensor.to("cuda:0") for name, tensor in second.items()}, first)
+
+
+# Memory and traffic
+
+
+LARGE = replace(MAIN, lengths=(256,) * 4096)
+MEBIBYTE = 1 << 20
+
+
+def peak_memory(function: Callable[[], object]) -> tuple[int, object]:
+    """The most bytes held at once beyond what was held before, and the result."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function()
+    return torch.cuda.max_memory_allocated() - before, result
+
+
+def large_inputs() -> tuple[Tensor, Tensor, Tensor, dict[str, object]]:
+    """qkv of 2²⁰ tokens, dout, cu_seqlens, and the options."""
+    parameters = {name: tensor.requires_grad_() for name, tensor in MAIN.inputs("cuda").items() if "_" in name}
+    tokens = sum(LARGE.lengths)
+    qkv_T3HD = torch.randn(tokens, 3, 2, 64, device="cuda", dtype=BF16).requires_grad_()
+    options = LARGE.options(parameters) | {"plan": LARGE.plan("cuda")}
+    dout_THD = torch.randn(tokens, 2, 64, device="cuda", dtype=BF16)
+    return qkv_T3HD, dout_THD, cu_seqlens_of(list(LARGE.lengths), "cuda"), options
+
+
+def test_gpu_inference_holds_no_more_than_its_output_and_the_sizes_of_keys() -> None:
+    qkv_T3HD, _, cu_seqlens, options = large_inputs()
+    with torch.no_grad():
+        varlen_attention(*qkv_T3HD.unbind(1), cu_seqlens, **options)
+        peak, out_THD = peak_memory(lambda: varlen_attention(*qkv_T3HD.unbind(1), cu_seqlens, **options))
+        lse = 4 * out_THD.shape[0] * out_THD.shape[1]
+        assert lse == 8 * MEBIBYTE
+        assert peak <= out_THD.nbytes + 2 * lse + lse // 2, "r and mean of keys"
+        del out_THD
+        plain = {"plan": options["plan"]}
+        peak, out_THD = peak_memory(lambda: varlen_attention(*qkv_T3HD.unbind(1), cu_seqlens, **plain))
+        assert peak <= out_THD.nbytes + lse // 2
+
+
+def test_gpu_training_holds_no_copies() -> None:
+    qkv_T3HD, dout_THD, cu_seqlens, options = large_inputs()
+
+    def forward() -> Tensor:
+        return varlen_attention_qkvpacked(qkv_T3HD, cu_seqlens, **options)
+
+    torch.autograd.grad(forward(), qkv_T3HD, dout_THD)
+    peak, out_THD = peak_memory(forward)
+    size = out_THD.nbytes
+    assert peak <= size + 12 * out_THD.shape[0] * out_THD.shape[1] + 4 * MEBIBYTE, "also lse, and r and mean of keys"
+    peak, (grad_T3HD,) = peak_memory(lambda: torch.autograd.grad(out_THD, qkv_T3HD, dout_THD))
+    assert peak <= 3 * size + size // 2, "the gradients and small change, no float32 dq, no normalized q or k"
+    assert grad_T3HD.is_contiguous()
+
+
+def test_gpu_packed_calls_copy_nothing() -> None:
+    qkv_T3HD, dout_THD, cu_seqlens, options = large_inputs()
+    leaves = [qkv_T3HD, options["q_norm"].weight, options["q_norm"].bias, options["k_norm"].weight]
+
+    def train() -> None:
+        out_THD = varlen_attention_qkvpacked(qkv_T3HD, cu_seqlens, **options)
+        torch.autograd.grad(out_THD, leaves, dout_THD)
+
+    train()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        train()
+        torch.cuda.synchronize()
+    names = {event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA}
+    assert any("forward_" in name for name in names), f"the profiler saw only {names}"
+    assert not {name for name in names if any(word in name for word in ("copy", "CatArray", "DtoD"))}
+
+
+# Compilation, graphs, waiting
+
+
+def test_gpu_opcheck() -> None:
+    assert_opcheck("cuda")
+
+
+@pytest.mark.parametrize(("planned", "packed"), [(True, True), (False, False)])
+def test_gpu_compile_once_for_all_batches(planned: bool, packed: bool) -> None:
+    assert_compiles_once("cuda", "inductor", planned, packed)
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("case", [MAIN, replace(MAIN, planned=False), CROSS, replace(CROSS, planned=False)], ids=str)
+def test_gpu_never_waits(case: Case) -> None:
+    tensors = {name: tensor.detach().requires_grad_(name != "dout") for name, tensor in case.inputs("cuda").items()}
+    q, k, v, dout, *parameters = (tensors[name] for name in ("q", "k", "v", "dout", *(n for n in tensors if "_" in n)))
+    cu_seqlens = cu_seqlens_of(list(case.lengths), "cuda")
+    cu_seqlens_k = None if case.lengths_k is None else cu_seqlens_of(list(case.lengths_k), "cuda")
+    with waiting_is_an_error():
+        out, _ = varlen_attention(
+            q, k, v, cu_seqlens, cu_seqlens_k, plan=case.plan("cuda"), return_lse=True, **case.options(tensors)
+        )
+        torch.autograd.grad(out, (q, k, v, *parameters), dout)
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_gpu_graph_replays_with_new_lengths(planned: bool) -> None:
+    """Captured on short images; replayed on packs of every class with as many tokens and images."""
+    case = replace(MAIN, lengths=(90, 100, 110, 100, 100, 100), planned=planned)
+    packs = [(20, 300, 60, 0, 120, 100), (600, 0, 0, 0, 0, 0), (1, 32, 33, 64, 256, 214), (257, 343, 0, 0, 0, 0)]
+    tensors = {name: tensor.detach().requires_grad_(name != "dout") for name, tensor in case.inputs("cuda").items()}
+    leaves = [tensor for name, tensor in tensors.items() if name != "dout"]
+    cu_seqlens, plan = cu_seqlens_of(list(case.lengths), "cuda"), case.plan("cuda")
+
+    def train(plan: PackPlan | None) -> dict[str, Tensor]:
+        q, k, v = (tensors[name] for name in "qkv")
+        out = varlen_attention(q, k, v, cu_seqlens, plan=plan, **case.options(tensors))
+        return dict(
+            zip(("out", "dq", "dk", "dv"), (out, *torch.autograd.grad(out, leaves, tensors["dout"])), strict=False)
+        )
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            train(plan and plan.without_host_offsets())
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = train(plan)
+    for lengths in (*packs, case.lengths):
+        own = replace(case, lengths=lengths)
+        assert sum(lengths) == sum(case.lengths)
+        cu_seqlens.copy_(cu_seqlens_of(list(lengths)))
+        if plan is not None:
+            new = plan_pack(lengths)
+            for field in fields(plan):
+                target = getattr(plan, field.name)
+                if target is not None and target.is_cuda:
+                    target.copy_(getattr(new, field.name))
+        graph.replay()
+        expected = own.results({name: tensor.detach() for name, tensor in tensors.items()})
+        assert_same_bits(captured, {name: expected[name] for name in captured}, lengths)
+
+
+# Small enough for compute-sanitizer
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(MAIN, lengths=EVERY_CLASS),
+        replace(MAIN, lengths=EVERY_CLASS, planned=False),
+        replace(MAIN, lengths=EVERY_CLASS, width=72),
+        replace(MAIN, lengths=EVERY_CLASS, width=128, planned=False),
+        replace(MAIN, lengths=(17, 0, 270), dtype=FP32),
+        CROSS,
+    ],
+    ids=str,
+)
+def test_gpu_sanitize_every_kernel_once(case: Case) -> None:
+    with poisoned_memory():
+        results = case.results(case.inputs("cuda"))
+    assert all(tensor.isfinite().all() for name, tensor in results.items() if name != "lse")
