@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -86,7 +85,8 @@ def draw(
     first, _ = next(iter(BatchStream(stream.images, settings, model.config)))
     views = view_batches(held_out.select([place in shown for place in range(len(held_out))]), settings, model)
     packs = [pack_parts("the first training pack, dropped patches faded", first)]
-    packs += [pack_parts("held-out images", packed) for packed, _ in islice(views, 1)]
+    *_, (last_of_views, _) = views
+    packs.append(pack_parts("the last pack of held-out images", last_of_views))
     plots.plot_packs(run.path / "packs.png", packs, settings.token_budget, model.config.patch_size)
 
 

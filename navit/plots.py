@@ -87,7 +87,7 @@ def plot_packs(path: Path, packs: Sequence[dict[str, Any]], token_budget: int, p
     wrap. What no image owns is hatched.
     """
     strip, head, rest = 9.0, 0.45, 0.25  # inches
-    per_line = 32 * max(1, round((4 * token_budget) ** 0.5 / 32))  # about a quarter as many lines
+    per_line = max(32, 2 ** round(np.log2(4 * token_budget) / 2))  # about four times as many as lines
     lines = -(-token_budget // per_line)
     height_tokens = strip * lines / per_line  # a token is square
     rows = [_rows_of_images([p.shape[:2] for p in pack["pictures"]], gap=patch_size, strip=strip) for pack in packs]
