@@ -35,8 +35,8 @@ class HeadNorm:
         check_option("HeadNorm kind", self.kind, KINDS)
         if self.eps is None:
             object.__setattr__(self, "eps", 1e-12 if self.kind == "l2" else 1e-6)
-        if self.eps < 0:
-            fail("HeadNorm eps", "at least 0", self.eps)
+        if self.eps <= 0:
+            fail("HeadNorm eps", "greater than 0", self.eps)
 
 
 def check_head_norm(name: str, norm: HeadNorm | None, like_name: str, like: Tensor) -> None:

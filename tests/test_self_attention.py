@@ -212,7 +212,7 @@ def test_rope_is_reserved() -> None:
 def test_head_norm_errors() -> None:
     with pytest.raises(ValueError, match="HeadNorm kind must be 'layer_norm' or 'rms_norm' or 'l2', got 'batch'"):
         HeadNorm("batch")
-    with pytest.raises(ValueError, match="HeadNorm eps must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="HeadNorm eps must be greater than 0, got -1"):
         HeadNorm(eps=-1)
 
 
@@ -281,7 +281,9 @@ def interpreted_cases() -> Iterator[Case]:
     yield from (cross, replace(cross, planned=False, q_kind=None, weight="per head"), replace(cross, k_kind=None))
     for dtype, lengths in ((FP16, (60, 130, 260)), (FP32, (20, 130))):
         hard = Case(lengths, 1, 64, dtype)
-        yield from (replace(hard, mean=10.0), replace(hard, spread=30.0), replace(hard, heavy_tails=True))
+        yield from (replace(hard, mean=10.0), replace(hard, heavy_tails=True))
+    # not in float32: numpy rounds x·yᵀ and y·xᵀ differently, which logits of 100 show
+    yield Case((60, 130, 260), 1, 64, FP16, spread=30.0)
     yield Case((20, 130), 1, 64, FP16, None, None, spread=30.0)
 
 
@@ -296,8 +298,13 @@ def test_kernels_match_reference(case: Case) -> None:
 @pytest.mark.parametrize("planned", [True, False])
 @pytest.mark.usefixtures("kernels_on_cpu")
 def test_other_images_do_not_leak(planned: bool) -> None:
-    assert_other_images_do_not_leak(Case(heads=1, width=16, planned=planned), "cpu")
-    cross = Case((20, 270, 31, 5), 1, 16, lengths_k=(40, 20, 100, 140), planned=planned)
+    assert_other_images_do_not_leak(Case((17, 270, 60, 100, 140), 1, 16, planned=planned), "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_other_images_do_not_leak_across() -> None:
+    cross = Case((20, 270, 31, 5), 1, 16, lengths_k=(40, 20, 100, 140))
     assert_other_images_do_not_leak(cross, "cpu")
 
 
@@ -339,10 +346,9 @@ def test_kernels_packed_is_unpacked() -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("weight", ["shared", "per head"])
 @pytest.mark.usefixtures("kernels_on_cpu")
-def test_strides_do_not_matter(weight: str) -> None:
-    assert_strides_do_not_matter(Case((20, 140), 2, 24, weight=weight), "cpu")
+def test_strides_do_not_matter() -> None:
+    assert_strides_do_not_matter(Case((20, 140), 2, 24, weight="per head"), "cpu")
 
 
 @pytest.mark.interpreter

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ..plan import CLASS_LIMITS, CLASSES, TILE
 
 SUPPORTED_HEAD_DIMS = range(16, 129, 8)
+LARGE_SHARED = (80, 90, 100)  # architectures with the shared memory that the measured tables need
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ def choose_config(arch: int, head_dim: int, class_index: int, dtype_bits: int) -
 
     dtype_bits: 16, or 32 for true float32, which is correct everywhere and tuned nowhere.
     """
-    rows = rows_of_class(class_index)
-    wide = head_dim > 64
     if dtype_bits == 32:
-        block = min(32, rows)
-        launch = Launch("stream", block, 16 if wide else 32, 4, 1)
-        return ClassConfig(launch, launch, launch, normalize_keys=True)
+        stream = Launch("stream", 32, 16 if head_dim > 64 else 32, 4, 1)
+        return ClassConfig(stream, stream, stream, normalize_keys=True)
+    if arch not in LARGE_SHARED:
+        block = min(64 if head_dim <= 64 else 32, rows_of_class(class_index))
+        stream = Launch("stream", block, block, 4, 1)
+        return ClassConfig(stream, stream, stream)
     return (NARROW if head_dim <= 64 else MIDDLE if head_dim <= 80 else WIDE)[class_index]
 
 
@@ -75,7 +77,7 @@ NARROW = (  # head widths up to 64, measured at 64
     ),
     ClassConfig(
         Launch("tile", 128, 128, 8, 1, measured="U128 221; 4 warps 303, streamed 282"),
-        Launch("resident", 128, 64, 8, 2, measured="U128 866; one tile 893, streamed 918"),
+        Launch("resident", 128, 64, 8, 3, measured="U128 836; 2 stages 880, one tile 893, streamed 918"),
     ),
     ClassConfig(
         Launch("stream", 64, 64, 4, 2, 128, measured="U256 339 + 60; 3 stages uncapped 352"),
@@ -88,11 +90,26 @@ NARROW = (  # head widths up to 64, measured at 64
         Launch("stream", 64, 64, 4, 3, measured="ft 752; 2 stages 816, 128 keys 939"),
     ),
 )
-MIDDLE = (  # 72 and 80, in column parts of 64 and 16
+MIDDLE = (  # 72 and 80, in column parts of 64 and 16, measured at 72
     ClassConfig(Launch("tile", 32, 32, 4, 1), Launch("tile", 32, 32, 4, 1)),
-    ClassConfig(Launch("tile", 64, 64, 4, 1), Launch("tile", 64, 64, 4, 1)),
-    ClassConfig(Launch("tile", 128, 128, 8, 1), Launch("tile", 128, 128, 8, 1)),
-    *[ClassConfig(Launch("stream", 64, 64, 4, 2), Launch("stream", 64, 64, 4, 2), Launch("stream", 64, 64, 4, 2))] * 2,
+    ClassConfig(
+        Launch("tile", 64, 64, 4, 1, measured="U64 278; 8 warps 368"),
+        Launch("tile", 64, 64, 4, 1, 168, measured="U64 812; uncapped 856, 8 warps 1468"),
+    ),
+    ClassConfig(
+        Launch("stream", 64, 64, 4, 3, measured="U128 426 + 62; 2 stages 451, one tile 533"),
+        Launch("tile", 128, 128, 8, 1, measured="U128 1125; resident 1308"),
+    ),
+    ClassConfig(
+        Launch("stream", 64, 64, 4, 3, 168, measured="U256 438 + 63; uncapped 535, 2 stages 467"),
+        Launch("stream", 64, 64, 4, 3, measured="U256 748; 2 stages 777, 32 queries 819"),
+        Launch("stream", 64, 64, 4, 3, measured="U256 774; 2 stages 815, 128 keys 791"),
+    ),
+    ClassConfig(
+        Launch("stream", 64, 64, 4, 3, 168, measured="ft 906; uncapped 1082, 2 stages 957"),
+        Launch("stream", 64, 64, 4, 3, measured="ft 1416; 2 stages 1502, 32 queries 1588"),
+        Launch("stream", 64, 64, 4, 3, measured="ft 1350; 2 stages 1489, 128 keys 1426"),
+    ),
 )
 WIDE = (  # from 88 to 128, measured at 128 with 8 heads
     ClassConfig(Launch("tile", 32, 32, 4, 1), Launch("tile", 32, 32, 4, 1)),

@@ -23,9 +23,6 @@ With neither norm nor weights u is q itself, so that it is not rounded again, an
 A fixed maximum (Cauchy-Schwarz: S_ij ≤ √D·‖u_i‖ =: m_i, as ‖k̂‖ ≤ √D) saves the running one and its rescaling. A tile
 takes it when every m_i ≤ FIXED_MAX_LIMIT, so that no P falls under 2^(−2·FIXED_MAX_LIMIT).
 
-Strides are compile-time constants: a head width of 72 is a multiple of 8 but not of 16, and only a known one lets loads
-take 16 bytes.
-
 After FlashAttention-2 (Dao 2023, arXiv 2307.08691); QK norm as in ViT-22B (Dehghani et al. 2023, arXiv 2302.05442).
 T tokens, H heads, D head width.
 """
@@ -113,26 +110,26 @@ def work_range(offsets_ptr, first_item, work_per_item, CLASS: tl.constexpr, ON_D
 @triton.jit(do_not_specialize=["first_item", "tokens"])
 def forward_tile(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr, first_item,
-    q_stride_t: tl.constexpr, q_stride_h: tl.constexpr, k_stride_t: tl.constexpr, k_stride_h: tl.constexpr,
-    v_stride_t: tl.constexpr, v_stride_h: tl.constexpr, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
-    k_weight_stride: tl.constexpr, tokens, q_eps, k_eps, fold_scale, score_scale, H: tl.constexpr, D: tl.constexpr,
-    D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr,
-    Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
-    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
+    q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h,
+    q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, tokens, q_eps, k_eps,
+    fold_scale, score_scale, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr,
+    FOLD: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program owns one head of a whole segment of at most BLOCK tokens. One step, no loop over keys."""
     first, count = work_range(offsets_ptr, first_item, H, CLASS, ON_DEVICE)
     work = tl.program_id(0)
     if ON_DEVICE and work >= count:
         return
-    h = work % H
+    h = (work % H).to(tl.int64)
     q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // H)
     offs = tl.arange(0, BLOCK)
     mask_q = offs < q_length
     mask_k = offs < k_length
-    k = load_rows(k_ptr + h * k_stride_h, k_start, offs, k_stride_t, mask_k, D, D1, D2)
-    q = load_rows(q_ptr + h * q_stride_h, q_start, offs, q_stride_t, mask_q, D, D1, D2)
-    v = load_rows(v_ptr + h * v_stride_h, k_start, offs, v_stride_t, mask_k, D, D1, D2)
+    k = load_rows(k_ptr + h * k_stride_h * UNIT, k_start, offs, k_stride_t, mask_k, D, D1, D2)
+    q = load_rows(q_ptr + h * q_stride_h * UNIT, q_start, offs, q_stride_t, mask_q, D, D1, D2)
+    v = load_rows(v_ptr + h * v_stride_h * UNIT, k_start, offs, v_stride_t, mask_k, D, D1, D2)
     gain, shift = load_weights(
         q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
         Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
@@ -154,13 +151,13 @@ def forward_tile(
 
     store_rows(out_ptr + h * D, q_start, offs, H * D, mask_q, out, D, D1, D2)
     if SAVE_LSE:
-        tl.store(lse_ptr + h.to(tl.int64) * tokens + q_start + offs, m + tl.log2(l), mask=mask_q)
+        tl.store(lse_ptr + h * tokens + q_start + offs, m + tl.log2(l), mask=mask_q)
 
 
 @triton.jit(do_not_specialize=["first_item", "tokens"])
 def key_sizes(
-    k_ptr, r_ptr, items_ptr, offsets_ptr, first_item, k_stride_t: tl.constexpr, k_stride_h: tl.constexpr, tokens,
-    k_eps, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr,
+    k_ptr, r_ptr, items_ptr, offsets_ptr, first_item, k_stride_t: tl.constexpr, k_stride_h, tokens, k_eps,
+    UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr,
     CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """(r_k, mean) of a tile of ROWS keys, float32 (H, T, 2): K is read once here and never again for its norm."""
@@ -168,14 +165,14 @@ def key_sizes(
     work = tl.program_id(0)
     if ON_DEVICE and work >= count:
         return
-    h = work % H
+    h = (work % H).to(tl.int64)
     q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // H)
     row = tile * ROWS
     offs = tl.arange(0, ROWS)
     mask = row + offs < k_length
-    k = load_rows(k_ptr + h * k_stride_h, k_start + row, offs, k_stride_t, mask, D, D1, D2)
+    k = load_rows(k_ptr + h * k_stride_h * UNIT, k_start + row, offs, k_stride_t, mask, D, D1, D2)
     mean, r = row_statistics(k, k_eps, K_NORM, D, D1, D2)
-    store_pairs(r_ptr + h.to(tl.int64) * tokens * 2, k_start + row, offs, r, mean, mask)
+    store_pairs(r_ptr + h * tokens * 2, k_start + row, offs, r, mean, mask)
 
 
 @triton.jit
@@ -241,13 +238,13 @@ def stream_keys(
 @triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def forward_stream(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, r_ptr, items_ptr, offsets_ptr,
-    first_item, q_stride_t: tl.constexpr, q_stride_h: tl.constexpr, k_stride_t: tl.constexpr,
-    k_stride_h: tl.constexpr, v_stride_t: tl.constexpr, v_stride_h: tl.constexpr, q_weight_stride: tl.constexpr,
-    q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, tokens, tokens_k, q_eps, k_eps, fold_scale,
-    score_scale, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
-    SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, TRY_FIXED_MAX: tl.constexpr,
+    first_item, q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr,
+    v_stride_h, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, tokens,
+    tokens_k, q_eps, k_eps, fold_scale, score_scale, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr,
+    Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NORMALIZE_KEYS: tl.constexpr, TRY_FIXED_MAX: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M of an item's ROWS query rows, one head; keys stream by in tiles of BLOCK_N."""
     SPLIT: tl.constexpr = ROWS // BLOCK_M
@@ -256,13 +253,13 @@ def forward_stream(
     work = tl.program_id(0)
     if ON_DEVICE and work >= count:
         return
-    h = work % H
+    h = (work % H).to(tl.int64)
     q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // (H * SPLIT))
     row = tile * ROWS + work // H % SPLIT * BLOCK_M
     offs = tl.arange(0, BLOCK_M)
     mask = row + offs < q_length
     k_length = tl.where(row < q_length, k_length, 0)
-    q = load_rows(q_ptr + h * q_stride_h, q_start + row, offs, q_stride_t, mask, D, D1, D2)
+    q = load_rows(q_ptr + h * q_stride_h * UNIT, q_start + row, offs, q_stride_t, mask, D, D1, D2)
     gain, shift = load_weights(
         q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
         Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
@@ -270,9 +267,9 @@ def forward_stream(
     u, _, _ = folded_query(
         q, gain, shift, q_eps, fold_scale, Q_NORM, CENTRE, FOLD, Q_WEIGHT or K_WEIGHT, Q_BIAS, D, D1, D2
     )
-    k_base = k_ptr + h * k_stride_h
-    v_base = v_ptr + h * v_stride_h
-    r_base = r_ptr + h.to(tl.int64) * tokens_k * 2
+    k_base = k_ptr + h * k_stride_h * UNIT
+    v_base = v_ptr + h * v_stride_h * UNIT
+    r_base = r_ptr + h * tokens_k * 2
 
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if TRY_FIXED_MAX:
@@ -298,7 +295,7 @@ def forward_stream(
     store_rows(out_ptr + h * D, q_start + row, offs, H * D, mask, acc, D, D1, D2)
     if SAVE_LSE:
         lse = tl.where(l == 0, -float("inf"), m + tl.log2(l))
-        tl.store(lse_ptr + h.to(tl.int64) * tokens + q_start + row + offs, lse, mask=mask)
+        tl.store(lse_ptr + h * tokens + q_start + row + offs, lse, mask=mask)
 
 
 @triton.jit(do_not_specialize=["segments", "tokens", "tokens_k", "capacity"])

@@ -74,31 +74,31 @@ def store_key_gradient(
 @triton.jit(do_not_specialize=["first_item"])
 def backward_tile(
     q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
-    items_ptr, offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h: tl.constexpr, k_stride_t: tl.constexpr,
-    k_stride_h: tl.constexpr, v_stride_t: tl.constexpr, v_stride_h: tl.constexpr, dout_stride_t: tl.constexpr,
-    dout_stride_h: tl.constexpr, dq_stride_t: tl.constexpr, dk_stride_t: tl.constexpr, dv_stride_t: tl.constexpr,
-    q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, q_eps, k_eps,
-    fold_scale, score_scale, softmax_scale, key_factor, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr,
-    K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr,
-    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    items_ptr, offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr, k_stride_h,
+    v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr, dout_stride_h, dq_stride_t: tl.constexpr,
+    dk_stride_t: tl.constexpr, dv_stride_t: tl.constexpr, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
+    k_weight_stride: tl.constexpr, q_eps, k_eps, fold_scale, score_scale, softmax_scale, key_factor,
+    UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
+    WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first, count = work_range(offsets_ptr, first_item, H, CLASS, ON_DEVICE)
     work = tl.program_id(0)
     if ON_DEVICE and work >= count:
         return
-    h = work % H
+    h = (work % H).to(tl.int64)
     item = first + work // H
     q_start, q_length, k_start, k_length, tile = load_item(items_ptr, item)
     offs = tl.arange(0, BLOCK)
     mask_q = offs < q_length
     mask_k = offs < k_length
-    q_base = q_ptr + h * q_stride_h
-    k_base = k_ptr + h * k_stride_h
+    q_base = q_ptr + h * q_stride_h * UNIT
+    k_base = k_ptr + h * k_stride_h * UNIT
     k = load_rows(k_base, k_start, offs, k_stride_t, mask_k, D, D1, D2)
     q = load_rows(q_base, q_start, offs, q_stride_t, mask_q, D, D1, D2)
-    v = load_rows(v_ptr + h * v_stride_h, k_start, offs, v_stride_t, mask_k, D, D1, D2)
-    dout = load_rows(dout_ptr + h * dout_stride_h, q_start, offs, dout_stride_t, mask_q, D, D1, D2)
+    v = load_rows(v_ptr + h * v_stride_h * UNIT, k_start, offs, v_stride_t, mask_k, D, D1, D2)
+    dout = load_rows(dout_ptr + h * dout_stride_h * UNIT, q_start, offs, dout_stride_t, mask_q, D, D1, D2)
     gain, shift = load_weights(
         q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
         Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
@@ -137,31 +137,30 @@ def backward_tile(
 @triton.jit(do_not_specialize=["first_item", "tokens"])
 def backward_resident(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, partials_ptr, q_weight_ptr, q_bias_ptr,
-    k_weight_ptr, items_ptr, offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h: tl.constexpr,
-    k_stride_t: tl.constexpr, k_stride_h: tl.constexpr, v_stride_t: tl.constexpr, v_stride_h: tl.constexpr,
-    dout_stride_t: tl.constexpr, dout_stride_h: tl.constexpr, dq_stride_t: tl.constexpr, dk_stride_t: tl.constexpr,
-    dv_stride_t: tl.constexpr, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
-    k_weight_stride: tl.constexpr, tokens, q_eps, k_eps, fold_scale, score_scale, softmax_scale, key_factor,
-    H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
-    Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
-    WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    k_weight_ptr, items_ptr, offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr,
+    k_stride_h, v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr, dout_stride_h,
+    dq_stride_t: tl.constexpr, dk_stride_t: tl.constexpr, dv_stride_t: tl.constexpr, q_weight_stride: tl.constexpr,
+    q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, tokens, q_eps, k_eps, fold_scale, score_scale,
+    softmax_scale, key_factor, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr,
+    K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr,
+    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     first, count = work_range(offsets_ptr, first_item, H, CLASS, ON_DEVICE)
     work = tl.program_id(0)
     if ON_DEVICE and work >= count:
         return
-    h = work % H
+    h = (work % H).to(tl.int64)
     item = first + work // H
     q_start, q_length, k_start, k_length, tile = load_item(items_ptr, item)
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < q_length
-    q_base = q_ptr + h * q_stride_h
-    k_base = k_ptr + h * k_stride_h
+    q_base = q_ptr + h * q_stride_h * UNIT
+    k_base = k_ptr + h * k_stride_h * UNIT
     q = load_rows(q_base, q_start, offs_m, q_stride_t, mask_m, D, D1, D2)
-    dout = load_rows(dout_ptr + h * dout_stride_h, q_start, offs_m, dout_stride_t, mask_m, D, D1, D2)
+    dout = load_rows(dout_ptr + h * dout_stride_h * UNIT, q_start, offs_m, dout_stride_t, mask_m, D, D1, D2)
     out = load_rows(out_ptr + h * D, q_start, offs_m, H * D, mask_m, D, D1, D2)
-    lse = tl.load(lse_ptr + h.to(tl.int64) * tokens + q_start + offs_m, mask=mask_m, other=float("inf"))
+    lse = tl.load(lse_ptr + h * tokens + q_start + offs_m, mask=mask_m, other=float("inf"))
     gain, shift = load_weights(
         q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
         Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
@@ -177,7 +176,7 @@ def backward_resident(
         mask_n = n0 + offs_n < k_length
         first_key = k_start + n0
         k = load_rows(k_base, first_key, offs_n, k_stride_t, mask_n, D, D1, D2)
-        v = load_rows(v_ptr + h * v_stride_h, first_key, offs_n, v_stride_t, mask_n, D, D1, D2)
+        v = load_rows(v_ptr + h * v_stride_h * UNIT, first_key, offs_n, v_stride_t, mask_n, D, D1, D2)
         k_hat, k_r = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
         s = dot_rows(u, k_hat, PRECISION)  # [BLOCK_M, BLOCK_N]
         if not FOLD:
@@ -204,12 +203,12 @@ def backward_resident(
 @triton.jit(do_not_specialize=["first_item", "tokens"])
 def backward_prepare(
     q_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, rows_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr,
-    offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h: tl.constexpr, dout_stride_t: tl.constexpr,
-    dout_stride_h: tl.constexpr, dq_stride_t: tl.constexpr, q_weight_stride: tl.constexpr,
-    q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, tokens, q_eps, fold_scale, H: tl.constexpr,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, CENTRE: tl.constexpr,
-    Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, CLASS: tl.constexpr,
-    ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h, dout_stride_t: tl.constexpr, dout_stride_h,
+    dq_stride_t: tl.constexpr, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
+    k_weight_stride: tl.constexpr, tokens, q_eps, fold_scale, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, CENTRE: tl.constexpr, Q_WEIGHT: tl.constexpr,
+    Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """u into dq's memory, free until backward_queries writes dq there; (lse, Δ) into rows, float32 (H, T, 2)."""
     SPLIT: tl.constexpr = ROWS // BLOCK
@@ -217,14 +216,14 @@ def backward_prepare(
     work = tl.program_id(0)
     if ON_DEVICE and work >= count:
         return
-    h = work % H
+    h = (work % H).to(tl.int64)
     q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // (H * SPLIT))
     row = tile * ROWS + work // H % SPLIT * BLOCK
     offs = tl.arange(0, BLOCK)
     mask = row + offs < q_length
-    q = load_rows(q_ptr + h * q_stride_h, q_start + row, offs, q_stride_t, mask, D, D1, D2)
+    q = load_rows(q_ptr + h * q_stride_h * UNIT, q_start + row, offs, q_stride_t, mask, D, D1, D2)
     out = load_rows(out_ptr + h * D, q_start + row, offs, H * D, mask, D, D1, D2)
-    dout = load_rows(dout_ptr + h * dout_stride_h, q_start + row, offs, dout_stride_t, mask, D, D1, D2)
+    dout = load_rows(dout_ptr + h * dout_stride_h * UNIT, q_start + row, offs, dout_stride_t, mask, D, D1, D2)
     gain, shift = load_weights(
         q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
         Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
@@ -234,7 +233,7 @@ def backward_prepare(
     )
     store_rows(dq_ptr + h * D, q_start + row, offs, dq_stride_t, mask, u, D, D1, D2)
     delta = row_dot(cast(out, tl.float32), cast(dout, tl.float32))
-    head = h.to(tl.int64) * tokens
+    head = h * tokens
     lse = tl.load(lse_ptr + head + q_start + row + offs, mask=mask, other=0.0)
     store_pairs(rows_ptr + head * 2, q_start + row, offs, lse, delta, mask)
 
@@ -269,11 +268,11 @@ def keys_step(
 @triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def backward_keys(
     k_ptr, v_ptr, u_ptr, dout_ptr, rows_ptr, r_ptr, dk_ptr, dv_ptr, items_ptr, offsets_ptr, first_item,
-    k_stride_t: tl.constexpr, k_stride_h: tl.constexpr, v_stride_t: tl.constexpr, v_stride_h: tl.constexpr,
-    u_stride_t: tl.constexpr, dout_stride_t: tl.constexpr, dout_stride_h: tl.constexpr, dk_stride_t: tl.constexpr,
-    dv_stride_t: tl.constexpr, tokens, tokens_k, k_eps, score_scale, key_factor, H: tl.constexpr, D: tl.constexpr,
-    D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr,
-    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h, u_stride_t: tl.constexpr,
+    dout_stride_t: tl.constexpr, dout_stride_h, dk_stride_t: tl.constexpr, dv_stride_t: tl.constexpr, tokens,
+    tokens_k, k_eps, score_scale, key_factor, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, K_NORM: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr,
+    ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NORMALIZE_KEYS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_N keys of an item's ROWS; queries stream by in tiles of BLOCK_M."""
@@ -283,25 +282,25 @@ def backward_keys(
     work = tl.program_id(0)
     if ON_DEVICE and work >= count:
         return
-    h = work % H
+    h = (work % H).to(tl.int64)
     q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // (H * SPLIT))
     row = tile * ROWS + work // H % SPLIT * BLOCK_N
     offs = tl.arange(0, BLOCK_N)
     mask = row + offs < k_length
     q_length = tl.where(row < k_length, q_length, 0)
     first_key = k_start + row
-    k_base = k_ptr + h * k_stride_h
+    k_base = k_ptr + h * k_stride_h * UNIT
     k = load_rows(k_base, first_key, offs, k_stride_t, mask, D, D1, D2)
-    v = load_rows(v_ptr + h * v_stride_h, first_key, offs, v_stride_t, mask, D, D1, D2)
+    v = load_rows(v_ptr + h * v_stride_h * UNIT, first_key, offs, v_stride_t, mask, D, D1, D2)
     if NORMALIZE_KEYS:
         k, _ = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
     if SCALE_ROWS:
-        r, _ = load_pairs(r_ptr + h.to(tl.int64) * tokens_k * 2, first_key, offs, mask, 0.0)
+        r, _ = load_pairs(r_ptr + h * tokens_k * 2, first_key, offs, mask, 0.0)
     else:
         r = tl.full([BLOCK_N], 1.0, tl.float32)
     u_base = u_ptr + h * D
-    dout_base = dout_ptr + h * dout_stride_h
-    rows_base = rows_ptr + h.to(tl.int64) * tokens * 2
+    dout_base = dout_ptr + h * dout_stride_h * UNIT
+    rows_base = rows_ptr + h * tokens * 2
     dv = zeros(BLOCK_N, D1, D2)
     a = zeros(BLOCK_N, D1, D2)
     whole = q_length // BLOCK_M * BLOCK_M
@@ -359,15 +358,14 @@ def queries_step(
 @triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def backward_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, r_ptr, dq_ptr, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
-    items_ptr, offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h: tl.constexpr, k_stride_t: tl.constexpr,
-    k_stride_h: tl.constexpr, v_stride_t: tl.constexpr, v_stride_h: tl.constexpr, dout_stride_t: tl.constexpr,
-    dout_stride_h: tl.constexpr, dq_stride_t: tl.constexpr, q_weight_stride: tl.constexpr,
-    q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, tokens, tokens_k, q_eps, k_eps, score_scale,
-    softmax_scale, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
-    WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    NORMALIZE_KEYS: tl.constexpr,
+    items_ptr, offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr, k_stride_h,
+    v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr, dout_stride_h, dq_stride_t: tl.constexpr,
+    q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, tokens, tokens_k,
+    q_eps, k_eps, score_scale, softmax_scale, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr,
+    K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr,
+    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, NORMALIZE_KEYS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M queries of an item's ROWS; keys stream by in tiles of BLOCK_N. dq_ptr holds u at first."""
     SPLIT: tl.constexpr = ROWS // BLOCK_M
@@ -376,7 +374,7 @@ def backward_queries(
     work = tl.program_id(0)
     if ON_DEVICE and work >= count:
         return
-    h = work % H
+    h = (work % H).to(tl.int64)
     item = first + work // (H * SPLIT)
     part = work // H % SPLIT
     q_start, q_length, k_start, k_length, tile = load_item(items_ptr, item)
@@ -387,11 +385,11 @@ def backward_queries(
     first_row = q_start + row
     dq_base = dq_ptr + h * D
     u = load_rows(dq_base, first_row, offs, dq_stride_t, mask, D, D1, D2)
-    dout = load_rows(dout_ptr + h * dout_stride_h, first_row, offs, dout_stride_t, mask, D, D1, D2)
-    lse, delta = load_pairs(rows_ptr + h.to(tl.int64) * tokens * 2, first_row, offs, mask, 0.0)
-    k_base = k_ptr + h * k_stride_h
-    v_base = v_ptr + h * v_stride_h
-    r_base = r_ptr + h.to(tl.int64) * tokens_k * 2
+    dout = load_rows(dout_ptr + h * dout_stride_h * UNIT, first_row, offs, dout_stride_t, mask, D, D1, D2)
+    lse, delta = load_pairs(rows_ptr + h * tokens * 2, first_row, offs, mask, 0.0)
+    k_base = k_ptr + h * k_stride_h * UNIT
+    v_base = v_ptr + h * v_stride_h * UNIT
+    r_base = r_ptr + h * tokens_k * 2
     du = zeros(BLOCK_M, D1, D2)
     whole = k_length // BLOCK_N * BLOCK_N
     for n0 in range(0, whole, BLOCK_N):
@@ -408,7 +406,7 @@ def backward_queries(
         q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,
         Q_WEIGHT, Q_BIAS, K_WEIGHT, D, D1, D2,
     )  # fmt: skip
-    q = load_rows(q_ptr + h * q_stride_h, first_row, offs, q_stride_t, mask, D, D1, D2)
+    q = load_rows(q_ptr + h * q_stride_h * UNIT, first_row, offs, q_stride_t, mask, D, D1, D2)
     q_mean, q_r = row_statistics(q, q_eps, Q_NORM, D, D1, D2)
     store_query_gradient(
         du, q, dq_base, partials_ptr, item * SPLITS + part, h, first_row, offs, mask, dq_stride_t,

@@ -111,11 +111,15 @@ class Launcher:
         )
 
     def rows(self, **tensors: Tensor) -> dict:
-        """Pointer and strides of (T, H, D) tensors: q=q gives q_ptr, q_stride_t, q_stride_h."""
-        args: dict = {}
+        """Pointer and strides of (T, H, D) tensors: q=q gives q_ptr, q_stride_t and q_stride_h, the latter in UNITs.
+
+        A head width of 72 is a multiple of 8 but not of 16; only with the 8 spelled out do loads take 16 bytes.
+        """
+        unit = 8 if all(tensor.stride(1) % 8 == 0 for tensor in tensors.values()) else 1
+        args: dict = dict(UNIT=unit)
         for name, tensor in tensors.items():
             args[f"{name}_ptr"] = tensor
-            args[f"{name}_stride_t"], args[f"{name}_stride_h"] = tensor.stride(0), tensor.stride(1)
+            args[f"{name}_stride_t"], args[f"{name}_stride_h"] = tensor.stride(0), tensor.stride(1) // unit
         return args
 
     def outputs(self, **tensors: Tensor) -> dict:
