@@ -8,7 +8,7 @@ import itertools
 import pytest
 from ahead_of_time import SHARED_MEMORY_LIMIT, compile_launches
 from attention_checks import BF16, FP16, Case
-from compile_table import launch_on_meta, matrix_instructions
+from compile_table import launch_on_meta, launches_of, matrix_instructions
 
 from navit_kernels.plan import CLASS_LIMITS, CLASSES
 from navit_kernels.self_attention.config import SUPPORTED_HEAD_DIMS, choose_config, rows_of_class, split_head_dim
@@ -60,11 +60,8 @@ def test_column_parts_cover_a_head(width: int) -> None:
     ids=str,
 )
 def test_kernels_fit_and_run_on_the_matrix_unit(arch: str, case: Case) -> None:
-    capability = 0 if arch.startswith("gfx") else int(arch[3:])
     index = bisect.bisect_left(CLASS_LIMITS, case.lengths[0])
-    config = choose_config(capability, case.width, index, case.dtype.itemsize * 8)
-    launches = {"forward_stream": config.forward, "forward_tile": config.forward, "backward_queries": config.queries}
-    launches |= dict.fromkeys(("backward_tile", "backward_resident", "backward_keys"), config.backward)
+    launches = launches_of(arch, index, case.width, case.dtype)
     for one in compile_launches(arch, lambda: launch_on_meta(case, arch)):
         launch = launches.get(one.name)
         allowed = launch.spills if launch else 0
