@@ -17,6 +17,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     belongs = {item: bool(item.get_closest_marker("interpreter")) == INTERPRETING for item in items}
     config.hook.pytest_deselected(items=[item for item in items if not belongs[item]])
     items[:] = [item for item in items if belongs[item]]
+    items.sort(
+        key=lambda item: item.path.name != "test_interpreter.py"
+    )  # the longest first, so that workers end together
     no_cuda = pytest.mark.skip(reason="needs a CUDA GPU")
     no_triton = pytest.mark.skip(reason="needs triton")
     for item in items:

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = sorted(p.name for p in HERE.glob("test_*.py") if "mark.interpreter" in p.read_text() and p != Path(__file__))
+FILES = [p for p in HERE.glob("test_*.py") if "mark.interpreter" in p.read_text() and p.name != Path(__file__).name]
+FILES.sort(key=lambda p: (-p.stat().st_size, p.name))  # more to run first
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [p.name for p in FILES])
 def test_kernels_in_the_interpreter(name: str) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / name)]
