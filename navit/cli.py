@@ -192,6 +192,8 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train a NaViT on a data set."""
+    if compiled and (device == "cpu" or not torch.cuda.is_available()):
+        raise UserError("--compile needs a GPU: the references that run on a CPU loop over images")
     if resume:
         changed = sorted(set(_given(context)) - {"run", "resume", "device", "workers", "compiled"})
         if changed:

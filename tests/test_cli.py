@@ -214,6 +214,17 @@ def test_resuming_continues_bitwise(device: str, data: Path, tmp_path: Path, mon
     assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.gpu
+def test_a_compiled_model_trains(data: Path, tmp_path: Path) -> None:
+    assert navit("train", data, "--run", tmp_path / "run", *SMALL, "--device", "cuda", "--compile") == 0
+
+
+def test_compiling_on_a_cpu_is_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert navit("train", data, "--run", tmp_path / "run", *SMALL, "--compile") == 1
+    assert "--compile needs a GPU" in error_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_is_not_resumed(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(trained)
     assert navit("train", "--resume", "--run", trained) == 1
