@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-KERNELS = ["torch>=2.6", "triton>=3.2; platform_system == 'Linux'"]  # all that navit_kernels imports
+KERNELS = ["torch>=2.10", "triton>=3.6; platform_system == 'Linux'"]  # all that navit_kernels imports
 MODEL = [
     "numpy>=1.26",
     "pillow>=10.1",
