@@ -210,20 +210,20 @@ def test_kernels_of_other_architectures_match_reference(width: int) -> None:
 @pytest.mark.parametrize("planned", [True, False])
 @pytest.mark.usefixtures("kernels_on_cpu")
 def test_other_images_do_not_leak(planned: bool) -> None:
-    assert_other_images_do_not_leak(Case((17, 260, 40, 100, 130), 1, 16, planned=planned), "cpu")
+    assert_other_images_do_not_leak(Case((100, 260, 40, 130), 1, 16, planned=planned), "cpu")
 
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("kernels_on_cpu")
 def test_other_images_do_not_leak_across() -> None:
-    cross = Case((20, 270, 31, 5), 1, 16, lengths_k=(40, 20, 100, 140))
+    cross = Case((20, 260, 5), 1, 16, lengths_k=(40, 20, 130))
     assert_other_images_do_not_leak(cross, "cpu")
 
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("kernels_on_cpu")
 def test_an_image_has_the_same_bits_alone_and_in_any_pack() -> None:
-    assert_alone_as_in_company(Case((1, 60, 100, 200, 300), 1, 16), "cpu", packs=2)
+    assert_alone_as_in_company(Case((1, 40, 100, 130, 260), 1, 16), "cpu", packs=1)
 
 
 @pytest.mark.interpreter
@@ -254,19 +254,19 @@ def test_kernels_of_queries_without_keys(lengths: tuple[int, ...], lengths_k: tu
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("kernels_on_cpu")
 def test_kernels_packed_is_unpacked() -> None:
-    assert_packed_is_unpacked(Case((20, 0, 140), 2, 24), "cpu")
+    assert_packed_is_unpacked(Case((20, 0, 130), 1, 24), "cpu")
 
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("kernels_on_cpu")
 def test_strides_do_not_matter() -> None:
-    assert_strides_do_not_matter(Case((20, 140), 2, 24, weight="per head"), "cpu")
+    assert_strides_do_not_matter(Case((5, 130), 2, 16, weight="per head"), "cpu")
 
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("kernels_on_cpu")
 def test_frozen_parameters_and_inference_save_no_state() -> None:
-    case = Case((5, 140), 2, 16)
+    case = Case((5, 40), 2, 16)
     tensors = case.inputs()
     expected = case.results(tensors)
     shapes = []
@@ -279,12 +279,12 @@ def test_frozen_parameters_and_inference_save_no_state() -> None:
 
     with mock.patch.object(torch.ops.navit_kernels, "varlen_attention", spy):
         q, k, v = (tensors[name] for name in "qkv")
-        out_THD = varlen_attention(q, k, v, cu_seqlens_of([5, 140]), **case.options(tensors))
+        out_THD = varlen_attention(q, k, v, cu_seqlens_of([5, 40]), **case.options(tensors))
         assert torch.equal(out_THD, expected["out"])
         assert shapes.pop()[1] == (0,)
         v.requires_grad_()
-        out_THD = varlen_attention(q, k, v, cu_seqlens_of([5, 140]), **case.options(tensors))
-        assert shapes.pop()[1] == (2, 145)
+        out_THD = varlen_attention(q, k, v, cu_seqlens_of([5, 40]), **case.options(tensors))
+        assert shapes.pop()[1] == (2, 45)
     assert torch.equal(torch.autograd.grad(out_THD, v, tensors["dout"])[0], expected["dv"])
 
 
