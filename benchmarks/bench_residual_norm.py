@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from harness import (
     Row,
-    assert_same_function,
     ceilings,
     gate,
     measure,
+    outcome_checks,
     parse_options,
     parser,
     print_table,
@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
 from navit_kernels.residual_norm import add_norm
-from navit_kernels.testing import assert_error_within, cu_seqlens_of, image_lengths
+from navit_kernels.testing import cu_seqlens_of, image_lengths
 
 OURS = "navit_kernels"
 GATE_TOKENS, SMOKE_TOKENS = 2048, 64
@@ -155,18 +155,15 @@ def outcome(run: Run, case: Case, x: Inputs) -> list[Tensor]:
 def checks(case: Case, device: str) -> dict[str, Callable[[], None]]:
     x = case.inputs(SMOKE_TOKENS if device == "cpu" else GATE_TOKENS, device)
     reference = functools.partial(ours, backend="reference")
-    exact = outcome(reference, case, x.double())
-
-    def check_ours() -> None:
-        for actual, expected, at_dtype in zip(outcome(ours, case, x), exact, outcome(reference, case, x), strict=True):
-            assert_error_within(actual, expected, at_dtype, OURS)
-
-    def check(name: str, run: Run) -> None:
-        for actual, expected in zip(outcome(run, case, x), exact, strict=True):
-            assert_same_function(name, actual, expected)
-
-    others = {name: run for name, run in contenders(device).items() if name != OURS}
-    return {OURS: check_ours} | {name: functools.partial(check, name, run) for name, run in others.items()}
+    others = {
+        name: functools.partial(outcome, run, case, x) for name, run in contenders(device).items() if name != OURS
+    }
+    return outcome_checks(
+        (OURS, functools.partial(outcome, ours, case, x)),
+        functools.partial(outcome, reference, case, x),
+        outcome(reference, case, x.double()),
+        others,
+    )
 
 
 def forward(run: Run, case: Case, x: Inputs) -> None:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from harness import (
     Row,
-    assert_same_function,
     ceilings,
     gate,
     measure,
+    outcome_checks,
     parse_options,
     parser,
     print_table,
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from navit_kernels import HeadNorm
-from navit_kernels.testing import assert_error_within, cu_seqlens_of, image_lengths
+from navit_kernels.testing import cu_seqlens_of, image_lengths
 from navit_kernels.token_pooling import attention_pool, pool_tokens
 
 OURS = "navit_kernels"
@@ -198,19 +198,19 @@ def outcome(run: Run, case: Case, x: Inputs) -> list[Tensor]:
 def checks(case: Case, device: str) -> dict[str, Callable[[], None]]:
     x = case.inputs(SMOKE_TOKENS if device == "cpu" else GATE_TOKENS, device)
     reference = functools.partial(ours, backend="reference")
-    exact = outcome(reference, case, x.double())
-
-    def check_ours() -> None:
-        for actual, expected, at_dtype in zip(outcome(ours, case, x), exact, outcome(reference, case, x), strict=True):
-            assert_error_within(actual, expected, at_dtype, OURS)
-
-    def check(name: str, run: Run) -> None:
-        compared = 1 if case.pooling == "max" else None  # amax shares the gradient of equal values
-        for actual, expected in list(zip(outcome(run, case, x), exact, strict=True))[:compared]:
-            assert_same_function(name, actual, expected, 0.15)  # they round normed keys and scores to bfloat16
-
-    others = {name: run for name, run in contenders(device).items() if name != OURS}
-    return {OURS: check_ours} | {name: functools.partial(check, name, run) for name, run in others.items()}
+    others = {
+        name: functools.partial(outcome, run, case, x) for name, run in contenders(device).items() if name != OURS
+    }
+    # they round normed keys and scores to bfloat16; amax shares the gradient of equal values
+    compared = 1 if case.pooling == "max" else None
+    return outcome_checks(
+        (OURS, functools.partial(outcome, ours, case, x)),
+        functools.partial(outcome, reference, case, x),
+        outcome(reference, case, x.double()),
+        others,
+        0.15,
+        compared,
+    )
 
 
 def forward(run: Run, case: Case, x: Inputs) -> None:

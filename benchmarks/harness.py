@@ -41,6 +41,7 @@ from timing import (
     host_us,
     kernel_times,
     measure,
+    outcome_checks,
     peak_mib,
     sets_beyond_cache,
     synchronize,
@@ -48,8 +49,8 @@ from timing import (
 
 __all__ = [
     "Ceilings", "Row", "Run", "Timing", "assert_same_function", "ceilings", "gate", "host_us", "kernel_times",
-    "measure", "parse_options", "parser", "peak_mib", "print_table", "sets_beyond_cache", "synchronize",
-    "write_results",
+    "measure", "outcome_checks", "parse_options", "parser", "peak_mib", "print_table", "sets_beyond_cache",
+    "synchronize", "write_results",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent

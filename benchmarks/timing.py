@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from navit_kernels.testing import assert_error_within
+
 Run = Callable[[], Any]
 
 device = "cuda" if torch.cuda.is_available() else "cpu"  # what is timed; harness.parse_options sets it
@@ -60,6 +62,35 @@ def assert_same_function(name: str, actual: torch.Tensor, expected: torch.Tensor
     difference = (actual.double() - expected.double()).norm() / expected.double().norm()
     if not difference <= limit:  # NaN is a difference
         raise AssertionError(f"{name}: relative difference {difference:.2e}, expected at most {limit:.0e}")
+
+
+Outcome = Callable[[], "list[torch.Tensor]"]
+
+
+def outcome_checks(
+    ours: tuple[str, Outcome],
+    reference: Outcome,
+    exact: list[torch.Tensor],
+    others: dict[str, Outcome],
+    limit: float = 0.02,
+    compared: int | None = None,
+) -> dict[str, Run]:
+    """What `gate` takes: ours within the project's bound of `exact`, the others close to it.
+
+    reference: run at our dtype. limit: the relative difference allowed to the others. compared: how many of their
+    tensors count, all by default.
+    """
+    name, outcome = ours
+
+    def check_ours() -> None:
+        for actual, expected, at_dtype in zip(outcome(), exact, reference(), strict=True):
+            assert_error_within(actual, expected, at_dtype, name)
+
+    def check(other: str) -> None:
+        for actual, expected in list(zip(others[other](), exact, strict=True))[:compared]:
+            assert_same_function(other, actual, expected, limit)
+
+    return {name: check_ours} | {other: functools.partial(check, other) for other in others}
 
 
 # Time

@@ -9,7 +9,7 @@ Per head, with q̂ = r_q·C q and k̂ = r_k·C k (C the centring of layer_norm, 
 
 Two ways to k̂: tile kernels normalize a key tile in registers on its way to the matrix unit. Stream kernels keep raw K
 there and multiply column j of the scores by r_j: (C u_i)·k_j·r_j = u_i·k̂_j. The r_j of long segments come from one
-pass over K (`_key_sizes`).
+pass over K (`key_sizes`).
 
 Backward, with Δ_i = rowsum(dO ⊙ O) = rowsum(P ⊙ dP):
 

@@ -204,9 +204,7 @@ def backward(
     grads = dict(partials_ptr=partials, WEIGHT_GRADS=weight_grads, SPLITS=splits, softmax_scale=call.softmax_scale)
     eps = dict(q_eps=norms.q_eps, k_eps=norms.k_eps)
     kinds = dict(Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold)
-    fold = dict(fold_scale=call.fold_scale)
     score = dict(score_scale=call.score_scale, PRECISION=call.precision())
-    factor = dict(key_factor=call.key_factor)
     inputs = call.rows(q=q, k=k, v=v, dout=dout)
     row_pairs = None
     for index, config in configs.items():
@@ -215,7 +213,7 @@ def backward(
         if launch.kernel != "stream":
             common = dict(
                 **base, **inputs, **call.outputs(dq=dq, dk=dk, dv=dv), **call.weights(), **grads, **eps, **kinds,
-                **fold, **score, **factor,
+                **score, fold_scale=call.fold_scale, key_factor=call.key_factor,
             )  # fmt: skip
             if launch.kernel == "tile":
                 kernel_backward.backward_tile[call.grid(index)](**common, BLOCK=launch.block_m)
@@ -231,13 +229,15 @@ def backward(
             row_pairs = torch.empty(*lse.shape, 2, dtype=torch.float32, device=q.device)
         kernel_backward.backward_prepare[call.grid(index, rows // PREPARE_ROWS)](
             **call.shape, **call.work(index), **call.rows(q=q, dout=dout), **call.outputs(dq=dq), **call.weights(),
-            **fold, out_ptr=out, lse_ptr=lse, rows_ptr=row_pairs, tokens=tokens, q_eps=norms.q_eps, Q_NORM=norms.q_kind,
-            FOLD=call.fold, CENTRE=norms.k_kind == NORM_CODES["layer_norm"] and not normalize_keys, ROWS=rows,
-            BLOCK=PREPARE_ROWS, num_warps=4,
+            out_ptr=out, lse_ptr=lse, rows_ptr=row_pairs, tokens=tokens, q_eps=norms.q_eps, fold_scale=call.fold_scale,
+            Q_NORM=norms.q_kind, FOLD=call.fold,
+            CENTRE=norms.k_kind == NORM_CODES["layer_norm"] and not normalize_keys, ROWS=rows, BLOCK=PREPARE_ROWS,
+            num_warps=4,
         )  # fmt: skip
         kernel_backward.backward_keys[call.grid(index, rows // launch.block_n)](
-            **base, **call.rows(k=k, v=v, dout=dout), **call.outputs(dk=dk, dv=dv), **score, **factor, u_ptr=dq,
-            u_stride_t=dq.stride(0), rows_ptr=row_pairs, r_ptr=r_or_any, tokens=tokens, tokens_k=tokens_k,
+            **base, **call.rows(k=k, v=v, dout=dout), **call.outputs(dk=dk, dv=dv), **score,
+            key_factor=call.key_factor, u_ptr=dq, u_stride_t=dq.stride(0),
+            rows_ptr=row_pairs, r_ptr=r_or_any, tokens=tokens, tokens_k=tokens_k,
             k_eps=norms.k_eps, K_NORM=norms.k_kind, FOLD=call.fold, ROWS=rows, BLOCK_M=launch.block_m,
             BLOCK_N=launch.block_n, NORMALIZE_KEYS=normalize_keys,
         )  # fmt: skip

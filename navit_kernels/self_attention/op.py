@@ -47,7 +47,8 @@ def varlen_attention(
     softmax_scale: D ** -0.5 by default.
     rope: reserved.
     plan: `plan_pack` of the same lengths, made once per pack and shared by all layers. Without it each call plans on
-        the device. The result is the same, bit for bit.
+        the device. The output and the gradients of q, k and v are the same, bit for bit; those of the norms' parameters
+        are summed in another order.
     return_lse: also return the log-sum-exp of the scores, float32 (H, T), −inf without keys; not differentiable.
     backend: "auto" runs the reference on CPU tensors and the kernels on a GPU; "reference" and "triton" insist.
         "fa3" and "fa4" normalize q and k in one pass and call an installed flash-attn, for bfloat16 and float16. That
