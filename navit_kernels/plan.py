@@ -30,13 +30,15 @@ class PackPlan:
     cu_seqlens: int32 (S + 1,) on the device; cu_seqlens_k: the same for the key side, or None when that is the same.
     items: int32 (N, 8) on the device; see ITEM_FIELDS.
     offsets: int32 (CLASSES + 1,) on the device; class c owns items[offsets[c]:offsets[c + 1]].
-    host_offsets: int32 (CLASSES + 3,) on the CPU: the same numbers, so that a launch needs no wait for the device, then
-        the tokens of the longest segment on the query side and on the key side, which flash-attn asks for. Without it
+    host_offsets: int32 (CLASSES + 5,) on the CPU: the same numbers, so that a launch needs no wait for the device; then
+        the tokens of the longest segment on the query side and on the key side, which flash-attn asks for; then the
+        tokens of all segments on each side, so that a plan of another pack is noticed. Without it
         (None) kernels read the device's copy: launches then do not depend on the lengths, and a captured CUDA graph
         serves every pack whose token and segment counts have the captured shapes.
 
     Example: lengths (300, 20) give items (0, 300, 0, 300, tile, 0, 0, 0) for tile = 0, 1, 2 in the last class, and
-    (300, 20, 300, 20, 0, 1, 0, 0) in the first: offsets (0, 1, 1, 1, 1, 4), host_offsets (0, 1, 1, 1, 1, 4, 300, 300).
+    (300, 20, 300, 20, 0, 1, 0, 0) in the first: offsets (0, 1, 1, 1, 1, 4), host_offsets the same and then
+    (300, 300, 320, 320).
     """
 
     cu_seqlens: Tensor
@@ -68,6 +70,12 @@ def max_items(tokens: int, segments: int) -> int:
     return segments + tokens // TILE + 2
 
 
+def check_plan_tokens(host_offsets: Sequence[int], tokens: int, tokens_k: int) -> None:
+    """Refuse a plan of another pack."""
+    if list(host_offsets[-2:]) != [tokens, tokens_k]:
+        fail("plan", f"of {tokens} tokens of q and {tokens_k} of k", f"of {host_offsets[-2]} and {host_offsets[-1]}")
+
+
 def plan_pack(
     lengths: Sequence[int], device: torch.device | str = "cpu", lengths_k: Sequence[int] | None = None
 ) -> PackPlan:
@@ -96,6 +104,7 @@ def plan_pack(
     items[:count, :6] = torch.stack([*columns, torch.arange(count) - first, segment], 1).to(torch.int32)
     sizes = torch.zeros(CLASSES, dtype=torch.int64).index_add_(0, classes, tiles)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).to(torch.int32)
-    host_offsets = torch.cat([offsets, torch.nn.functional.pad(sides, (1, 0)).amax(1).to(torch.int32)])
+    extents = torch.cat([torch.nn.functional.pad(sides, (1, 0)).amax(1), sides.sum(1)])
+    host_offsets = torch.cat([offsets, extents.to(torch.int32)])
     plan = PackPlan(cu_seqlens[0], None if lengths_k is None else cu_seqlens[1], items, offsets, host_offsets)
     return plan.to(device, non_blocking=True)

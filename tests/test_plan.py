@@ -72,9 +72,9 @@ def test_tensors_of_a_plan_depend_on_counts_alone(sides: tuple[list[int], list[i
         assert torch.equal(plan.cu_seqlens_k, cu_seqlens_of(lengths_k))
     tensors = (plan.cu_seqlens, plan.items, plan.offsets, plan.host_offsets)
     assert {tensor.dtype for tensor in tensors} == {torch.int32}
-    assert plan.host_offsets.tolist() == [
-        *plan.offsets.tolist(), max(lengths, default=0), max(lengths_k or lengths, default=0)
-    ]  # fmt: skip
+    keys = lengths if lengths_k is None else lengths_k
+    longest = [max(side, default=0) for side in (lengths, keys)]
+    assert plan.host_offsets.tolist() == [*plan.offsets.tolist(), *longest, sum(lengths), sum(keys)]
 
 
 def test_worked_example() -> None:
@@ -88,7 +88,7 @@ def test_worked_example() -> None:
 def test_moving_a_plan_leaves_the_host_its_offsets() -> None:
     plan = plan_pack([3, 4], lengths_k=[1, 2]).to("meta")
     assert {x.device.type for x in (plan.cu_seqlens, plan.cu_seqlens_k, plan.items, plan.offsets)} == {"meta"}
-    assert plan.host_offsets.tolist() == [0, 2, 2, 2, 2, 2, 4, 2]
+    assert plan.host_offsets.tolist() == [0, 2, 2, 2, 2, 2, 4, 2, 7, 3]
     assert plan.without_host_offsets().host_offsets is None
 
 

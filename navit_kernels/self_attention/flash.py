@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..head_norm import NORM_CODES, HeadNorm
-from ..plan import PackPlan
+from ..plan import PackPlan, check_plan_tokens
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -24,6 +24,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """varlen_attention with backend "fa3" or "fa4", of checked arguments. Raises ImportError without flash-attn."""
     attend = load(backend)
+    if plan is not None and plan.host_offsets is not None:
+        check_plan_tokens(plan.host_offsets.tolist(), q_THD.shape[0], k_THD.shape[0])
     if q_norm is not None or k_norm is not None:
         q_THD, k_THD = normalize(q_THD, k_THD, q_norm, k_norm)
     if q_THD.shape[0] == 0 or k_THD.shape[0] == 0:
@@ -49,7 +51,7 @@ def attention(
 def _longest(plan: PackPlan | None, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None) -> list[int]:
     """Tokens of the longest segment on the query side and on the key side. Waits for the device without a plan."""
     if plan is not None and plan.host_offsets is not None:
-        return plan.host_offsets[-2:].tolist()
+        return plan.host_offsets[-4:-2].tolist()
     ends = torch.stack([cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k])
     return ends.diff().amax(1).tolist()
 

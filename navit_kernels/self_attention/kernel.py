@@ -56,10 +56,14 @@ FIXED_MAX_LIMIT = tl.constexpr(40.0)  # bf16 P ≥ 2⁻⁸⁰, far above its sma
 
 
 @triton.jit
-def load_item(items_ptr, item):
+def load_item(items_ptr, item, tokens, tokens_k):
     """(q_start, q_length, k_start, k_length, tile) of a work item; see plan.py."""
     base = items_ptr + item * 8
-    return tl.load(base), tl.load(base + 1), tl.load(base + 2), tl.load(base + 3), tl.load(base + 4)
+    q_start, k_start = tl.load(base), tl.load(base + 2)
+    # a plan of other lengths must not lead outside the tensors
+    q_length = tl.minimum(tl.load(base + 1), tokens - q_start)
+    k_length = tl.minimum(tl.load(base + 3), tokens_k - k_start)
+    return q_start, q_length, k_start, k_length, tl.load(base + 4)
 
 
 @triton.jit
@@ -107,15 +111,15 @@ def work_range(offsets_ptr, first_item, work_per_item, CLASS: tl.constexpr, ON_D
         return first_item, tl.num_programs(0)
 
 
-@triton.jit(do_not_specialize=["first_item", "tokens"])
+@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def forward_tile(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr, first_item,
-    q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h,
-    q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, tokens, q_eps, k_eps,
-    fold_scale, score_scale, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr,
-    FOLD: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr, k_stride_h,
+    v_stride_t: tl.constexpr, v_stride_h, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
+    k_weight_stride: tl.constexpr, q_eps, k_eps, fold_scale, score_scale, UNIT: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+    Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, SAVE_LSE: tl.constexpr,
+    PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program owns one head of a whole segment of at most BLOCK tokens. One step, no loop over keys."""
     first, count = work_range(offsets_ptr, first_item, H, CLASS, ON_DEVICE)
@@ -123,7 +127,7 @@ def forward_tile(
     if ON_DEVICE and work >= count:
         return
     h = (work % H).to(tl.int64)
-    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // H)
+    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // H, tokens, tokens_k)
     offs = tl.arange(0, BLOCK)
     mask_q = offs < q_length
     mask_k = offs < k_length
@@ -154,9 +158,9 @@ def forward_tile(
         tl.store(lse_ptr + h * tokens + q_start + offs, m + tl.log2(l), mask=mask_q)
 
 
-@triton.jit(do_not_specialize=["first_item", "tokens"])
+@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def key_sizes(
-    k_ptr, r_ptr, items_ptr, offsets_ptr, first_item, k_stride_t: tl.constexpr, k_stride_h, tokens, k_eps,
+    k_ptr, r_ptr, items_ptr, offsets_ptr, first_item, tokens, tokens_k, k_stride_t: tl.constexpr, k_stride_h, k_eps,
     UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr,
     CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -166,13 +170,13 @@ def key_sizes(
     if ON_DEVICE and work >= count:
         return
     h = (work % H).to(tl.int64)
-    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // H)
+    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // H, tokens, tokens_k)
     row = tile * ROWS
     offs = tl.arange(0, ROWS)
     mask = row + offs < k_length
     k = load_rows(k_ptr + h * k_stride_h * UNIT, k_start + row, offs, k_stride_t, mask, D, D1, D2)
     mean, r = row_statistics(k, k_eps, K_NORM, D, D1, D2)
-    store_pairs(r_ptr + h * tokens * 2, k_start + row, offs, r, mean, mask)
+    store_pairs(r_ptr + h * tokens_k * 2, k_start + row, offs, r, mean, mask)
 
 
 @triton.jit
@@ -238,13 +242,13 @@ def stream_keys(
 @triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def forward_stream(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, r_ptr, items_ptr, offsets_ptr,
-    first_item, q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr,
-    v_stride_h, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, tokens,
-    tokens_k, q_eps, k_eps, fold_scale, score_scale, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr,
-    Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, SAVE_LSE: tl.constexpr, PRECISION: tl.constexpr,
-    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    NORMALIZE_KEYS: tl.constexpr, TRY_FIXED_MAX: tl.constexpr,
+    first_item, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr, k_stride_h,
+    v_stride_t: tl.constexpr, v_stride_h, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
+    k_weight_stride: tl.constexpr, q_eps, k_eps, fold_scale, score_scale, UNIT: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+    Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, SAVE_LSE: tl.constexpr,
+    PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, TRY_FIXED_MAX: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M of an item's ROWS query rows, one head; keys stream by in tiles of BLOCK_N."""
     SPLIT: tl.constexpr = ROWS // BLOCK_M
@@ -254,7 +258,7 @@ def forward_stream(
     if ON_DEVICE and work >= count:
         return
     h = (work % H).to(tl.int64)
-    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // (H * SPLIT))
+    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // (H * SPLIT), tokens, tokens_k)
     row = tile * ROWS + work // H % SPLIT * BLOCK_M
     offs = tl.arange(0, BLOCK_M)
     mask = row + offs < q_length

@@ -71,17 +71,17 @@ def store_key_gradient(
     store_rows(dk_ptr, first_row, offs, dk_stride_t, mask, dk, D, D1, D2)
 
 
-@triton.jit(do_not_specialize=["first_item"])
+@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def backward_tile(
     q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
-    items_ptr, offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr, k_stride_h,
-    v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr, dout_stride_h, dq_stride_t: tl.constexpr,
-    dk_stride_t: tl.constexpr, dv_stride_t: tl.constexpr, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
-    k_weight_stride: tl.constexpr, q_eps, k_eps, fold_scale, score_scale, softmax_scale, key_factor,
-    UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
-    WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    items_ptr, offsets_ptr, first_item, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h,
+    k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr,
+    dout_stride_h, dq_stride_t: tl.constexpr, dk_stride_t: tl.constexpr, dv_stride_t: tl.constexpr,
+    q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, q_eps, k_eps, fold_scale,
+    score_scale, softmax_scale, key_factor, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr,
+    K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr,
+    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     first, count = work_range(offsets_ptr, first_item, H, CLASS, ON_DEVICE)
     work = tl.program_id(0)
@@ -89,7 +89,7 @@ def backward_tile(
         return
     h = (work % H).to(tl.int64)
     item = first + work // H
-    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, item)
+    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, item, tokens, tokens_k)
     offs = tl.arange(0, BLOCK)
     mask_q = offs < q_length
     mask_k = offs < k_length
@@ -134,14 +134,14 @@ def backward_tile(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_item", "tokens"])
+@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def backward_resident(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, partials_ptr, q_weight_ptr, q_bias_ptr,
-    k_weight_ptr, items_ptr, offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr,
-    k_stride_h, v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr, dout_stride_h,
-    dq_stride_t: tl.constexpr, dk_stride_t: tl.constexpr, dv_stride_t: tl.constexpr, q_weight_stride: tl.constexpr,
-    q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, tokens, q_eps, k_eps, fold_scale, score_scale,
-    softmax_scale, key_factor, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+    k_weight_ptr, items_ptr, offsets_ptr, first_item, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h,
+    k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr,
+    dout_stride_h, dq_stride_t: tl.constexpr, dk_stride_t: tl.constexpr, dv_stride_t: tl.constexpr,
+    q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, q_eps, k_eps, fold_scale,
+    score_scale, softmax_scale, key_factor, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr,
     K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr,
     CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -152,7 +152,7 @@ def backward_resident(
         return
     h = (work % H).to(tl.int64)
     item = first + work // H
-    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, item)
+    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, item, tokens, tokens_k)
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < q_length
     q_base = q_ptr + h * q_stride_h * UNIT
@@ -200,12 +200,12 @@ def backward_resident(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_item", "tokens"])
+@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def backward_prepare(
-    q_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, rows_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr,
-    offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h, dout_stride_t: tl.constexpr, dout_stride_h,
+    q_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, rows_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr,
+    first_item, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h, dout_stride_t: tl.constexpr, dout_stride_h,
     dq_stride_t: tl.constexpr, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
-    k_weight_stride: tl.constexpr, tokens, q_eps, fold_scale, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    k_weight_stride: tl.constexpr, q_eps, fold_scale, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
     D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, CENTRE: tl.constexpr, Q_WEIGHT: tl.constexpr,
     Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -217,7 +217,7 @@ def backward_prepare(
     if ON_DEVICE and work >= count:
         return
     h = (work % H).to(tl.int64)
-    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // (H * SPLIT))
+    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // (H * SPLIT), tokens, tokens_k)
     row = tile * ROWS + work // H % SPLIT * BLOCK
     offs = tl.arange(0, BLOCK)
     mask = row + offs < q_length
@@ -267,13 +267,12 @@ def keys_step(
 
 @triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def backward_keys(
-    k_ptr, v_ptr, u_ptr, dout_ptr, rows_ptr, r_ptr, dk_ptr, dv_ptr, items_ptr, offsets_ptr, first_item,
-    k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h, u_stride_t: tl.constexpr,
-    dout_stride_t: tl.constexpr, dout_stride_h, dk_stride_t: tl.constexpr, dv_stride_t: tl.constexpr, tokens,
-    tokens_k, k_eps, score_scale, key_factor, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, K_NORM: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr,
-    ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    NORMALIZE_KEYS: tl.constexpr,
+    k_ptr, v_ptr, u_ptr, dout_ptr, rows_ptr, r_ptr, dk_ptr, dv_ptr, items_ptr, offsets_ptr, first_item, tokens,
+    tokens_k, k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h, u_stride_t: tl.constexpr,
+    dout_stride_t: tl.constexpr, dout_stride_h, dk_stride_t: tl.constexpr, dv_stride_t: tl.constexpr, k_eps,
+    score_scale, key_factor, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    K_NORM: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NORMALIZE_KEYS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_N keys of an item's ROWS; queries stream by in tiles of BLOCK_M."""
     SPLIT: tl.constexpr = ROWS // BLOCK_N
@@ -283,7 +282,7 @@ def backward_keys(
     if ON_DEVICE and work >= count:
         return
     h = (work % H).to(tl.int64)
-    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // (H * SPLIT))
+    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // (H * SPLIT), tokens, tokens_k)
     row = tile * ROWS + work // H % SPLIT * BLOCK_N
     offs = tl.arange(0, BLOCK_N)
     mask = row + offs < k_length
@@ -358,14 +357,15 @@ def queries_step(
 @triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def backward_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, r_ptr, dq_ptr, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
-    items_ptr, offsets_ptr, first_item, q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr, k_stride_h,
-    v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr, dout_stride_h, dq_stride_t: tl.constexpr,
-    q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, tokens, tokens_k,
-    q_eps, k_eps, score_scale, softmax_scale, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
-    D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr,
-    K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr,
-    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, NORMALIZE_KEYS: tl.constexpr,
+    items_ptr, offsets_ptr, first_item, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h,
+    k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr,
+    dout_stride_h, dq_stride_t: tl.constexpr, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
+    k_weight_stride: tl.constexpr, q_eps, k_eps, score_scale, softmax_scale, UNIT: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+    Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
+    WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NORMALIZE_KEYS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M queries of an item's ROWS; keys stream by in tiles of BLOCK_N. dq_ptr holds u at first."""
     SPLIT: tl.constexpr = ROWS // BLOCK_M
@@ -377,7 +377,7 @@ def backward_queries(
     h = (work % H).to(tl.int64)
     item = first + work // (H * SPLIT)
     part = work // H % SPLIT
-    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, item)
+    q_start, q_length, k_start, k_length, tile = load_item(items_ptr, item, tokens, tokens_k)
     row = tile * ROWS + part * BLOCK_M
     offs = tl.arange(0, BLOCK_M)
     mask = row + offs < q_length

@@ -10,8 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
+from .._jit import launch_kernel
 from ..head_norm import NORM_CODES
-from ..plan import CLASS_LIMITS, CLASSES, ITEM_FIELDS, TILE, max_items
+from ..plan import CLASS_LIMITS, CLASSES, ITEM_FIELDS, TILE, check_plan_tokens, max_items
 from . import kernel, kernel_backward
 from .config import ClassConfig, Launch, choose_config, rows_of_class, split_head_dim
 
@@ -49,13 +50,16 @@ def plan_on_device(cu_seqlens: Tensor, cu_seqlens_k: Tensor, tokens: int, tokens
     sides = tokens if cu_seqlens_k is cu_seqlens else tokens + tokens_k
     items = torch.empty(max_items(sides, segments), ITEM_FIELDS, dtype=torch.int32, device=cu_seqlens.device)
     offsets = torch.empty(CLASSES + 1, dtype=torch.int32, device=cu_seqlens.device)
-    kernel.write_plan[(CLASSES,)](
-        cu_seqlens, cu_seqlens_k, items, offsets, segments, tokens, tokens_k, items.shape[0],
+    launch_kernel(
+        kernel.write_plan, (CLASSES,),
+        cu_seqlens_ptr=cu_seqlens, cu_seqlens_k_ptr=cu_seqlens_k, items_ptr=items, offsets_ptr=offsets,
+        segments=segments, tokens=tokens, tokens_k=tokens_k, capacity=items.shape[0],
         LIMITS=CLASS_LIMITS, CLASSES=CLASSES, TILE=TILE, BLOCK=512, num_warps=4,
     )  # fmt: skip
     return items, offsets
 
 
+@functools.cache
 def compile_options(launch: Launch) -> dict:
     options = dict(num_warps=launch.warps, num_stages=launch.stages)
     return options if launch.registers is None else options | dict(maxnreg=launch.registers)
@@ -83,6 +87,8 @@ class Launcher:
         self.tokens = q.shape[0] + (k.shape[0] if cross else 0)  # at least the sum of each segment's longer side
         self.on_device = host_offsets is None
         self.ends = None if host_offsets is None else host_offsets.tolist()
+        if self.ends is not None:
+            check_plan_tokens(self.ends, q.shape[0], k.shape[0])
 
     def config(self, index: int) -> ClassConfig:
         return choose_config(self.arch, self.width, index, self.bits)
@@ -107,8 +113,9 @@ class Launcher:
         """The arguments that say which items a launch works on."""
         first = 0 if self.on_device else self.ends[index]
         return dict(
-            items_ptr=self.items, offsets_ptr=self.offsets, first_item=first, CLASS=index, ON_DEVICE=self.on_device
-        )
+            items_ptr=self.items, offsets_ptr=self.offsets, first_item=first, tokens=self.q.shape[0],
+            tokens_k=self.k.shape[0], CLASS=index, ON_DEVICE=self.on_device,
+        )  # fmt: skip
 
     def rows(self, **tensors: Tensor) -> dict:
         """Pointer and strides of (T, H, D) tensors: q=q gives q_ptr, q_stride_t and q_stride_h, the latter in UNITs.
@@ -153,8 +160,8 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
     if tokens == 0:
         return out, lse, r
     common = dict(
-        **call.rows(q=q, k=k, v=v), **call.weights(), **call.shape, out_ptr=out, lse_ptr=lse, tokens=tokens,
-        q_eps=norms.q_eps, k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale,
+        **call.rows(q=q, k=k, v=v), **call.weights(), **call.shape, out_ptr=out, lse_ptr=lse, q_eps=norms.q_eps,
+        k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale,
         Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse, PRECISION=call.precision(),
     )  # fmt: skip
     for index in call.classes():
@@ -162,12 +169,15 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
         launch, rows = config.forward, rows_of_class(index)
         options = compile_options(launch)
         if launch.kernel == "tile":
-            kernel.forward_tile[call.grid(index)](**common, **call.work(index), BLOCK=launch.block_m, **options)
+            launch_kernel(
+                kernel.forward_tile, call.grid(index), **common, **call.work(index), BLOCK=launch.block_m, **options
+            )
             continue
         if needs_r and not config.normalize_keys:
             key_sizes(call, index, r)
-        kernel.forward_stream[call.grid(index, rows // launch.block_m)](
-            **common, **call.work(index), r_ptr=r if needs_r else lse, tokens_k=tokens_k, ROWS=rows,
+        launch_kernel(
+            kernel.forward_stream, call.grid(index, rows // launch.block_m),
+            **common, **call.work(index), r_ptr=r if needs_r else lse, ROWS=rows,
             BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, NORMALIZE_KEYS=config.normalize_keys and norms.k_kind != 0,
             TRY_FIXED_MAX=config.fixed_max and norms.k_kind != 0 and q.dtype != torch.float16, **options,
         )  # fmt: skip
@@ -176,8 +186,9 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 def key_sizes(call: Launcher, index: int, r: Tensor) -> None:
     rows = rows_of_class(index)
-    kernel.key_sizes[call.grid(index)](
-        **call.rows(k=call.k), **call.work(index), **call.shape, r_ptr=r, tokens=call.k.shape[0],
+    launch_kernel(
+        kernel.key_sizes, call.grid(index),
+        **call.rows(k=call.k), **call.work(index), **call.shape, r_ptr=r,
         k_eps=call.norms.k_eps, K_NORM=call.norms.k_kind, ROWS=rows, num_warps=4,
     )  # fmt: skip
 
@@ -216,10 +227,16 @@ def backward(
                 **score, fold_scale=call.fold_scale, key_factor=call.key_factor,
             )  # fmt: skip
             if launch.kernel == "tile":
-                kernel_backward.backward_tile[call.grid(index)](**common, BLOCK=launch.block_m)
+                launch_kernel(kernel_backward.backward_tile, call.grid(index), **common, BLOCK=launch.block_m)
             else:
-                kernel_backward.backward_resident[call.grid(index)](
-                    **common, out_ptr=out, lse_ptr=lse, tokens=tokens, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n
+                launch_kernel(
+                    kernel_backward.backward_resident,
+                    call.grid(index),
+                    **common,
+                    out_ptr=out,
+                    lse_ptr=lse,
+                    BLOCK_M=launch.block_m,
+                    BLOCK_N=launch.block_n,
                 )
             continue
         rows, queries = rows_of_class(index), config.queries
@@ -227,24 +244,27 @@ def backward(
         r_or_any = r if r.numel() else lse
         if row_pairs is None:
             row_pairs = torch.empty(*lse.shape, 2, dtype=torch.float32, device=q.device)
-        kernel_backward.backward_prepare[call.grid(index, rows // PREPARE_ROWS)](
+        launch_kernel(
+            kernel_backward.backward_prepare, call.grid(index, rows // PREPARE_ROWS),
             **call.shape, **call.work(index), **call.rows(q=q, dout=dout), **call.outputs(dq=dq), **call.weights(),
-            out_ptr=out, lse_ptr=lse, rows_ptr=row_pairs, tokens=tokens, q_eps=norms.q_eps, fold_scale=call.fold_scale,
+            out_ptr=out, lse_ptr=lse, rows_ptr=row_pairs, q_eps=norms.q_eps, fold_scale=call.fold_scale,
             Q_NORM=norms.q_kind, FOLD=call.fold,
             CENTRE=norms.k_kind == NORM_CODES["layer_norm"] and not normalize_keys, ROWS=rows, BLOCK=PREPARE_ROWS,
             num_warps=4,
         )  # fmt: skip
-        kernel_backward.backward_keys[call.grid(index, rows // launch.block_n)](
+        launch_kernel(
+            kernel_backward.backward_keys, call.grid(index, rows // launch.block_n),
             **base, **call.rows(k=k, v=v, dout=dout), **call.outputs(dk=dk, dv=dv), **score,
             key_factor=call.key_factor, u_ptr=dq, u_stride_t=dq.stride(0),
-            rows_ptr=row_pairs, r_ptr=r_or_any, tokens=tokens, tokens_k=tokens_k,
+            rows_ptr=row_pairs, r_ptr=r_or_any,
             k_eps=norms.k_eps, K_NORM=norms.k_kind, FOLD=call.fold, ROWS=rows, BLOCK_M=launch.block_m,
             BLOCK_N=launch.block_n, NORMALIZE_KEYS=normalize_keys,
         )  # fmt: skip
         base.update(compile_options(queries))
-        kernel_backward.backward_queries[call.grid(index, rows // queries.block_m)](
+        launch_kernel(
+            kernel_backward.backward_queries, call.grid(index, rows // queries.block_m),
             **base, **inputs, **call.outputs(dq=dq), **call.weights(), **grads, **eps, **kinds, **score,
-            rows_ptr=row_pairs, r_ptr=r_or_any, tokens=tokens, tokens_k=tokens_k, ROWS=rows,
+            rows_ptr=row_pairs, r_ptr=r_or_any, ROWS=rows,
             BLOCK_M=queries.block_m, BLOCK_N=queries.block_n, NORMALIZE_KEYS=normalize_keys,
         )  # fmt: skip
     return weight_gradients(norms, sum_partials(call, partials, splits), call.width) if weight_grads else None
@@ -266,8 +286,9 @@ def sum_partials(call: Launcher, partials: Tensor, splits: int) -> Tensor:
     rows, heads, width = partials.shape
     chunk = 64
     sums = torch.empty(triton.cdiv(rows, chunk), heads, width, dtype=torch.float32, device=partials.device)
-    kernel_backward.sum_partials[(sums.shape[0], heads)](
-        partials, sums, call.offsets, H=heads, WIDTH=width, SPLITS=splits, CLASSES=CLASSES, CHUNK=chunk, BLOCK=16,
-        BLOCK_W=triton.next_power_of_2(width), num_warps=4,
+    launch_kernel(
+        kernel_backward.sum_partials, (sums.shape[0], heads),
+        partials_ptr=partials, sums_ptr=sums, offsets_ptr=call.offsets, H=heads, WIDTH=width, SPLITS=splits,
+        CLASSES=CLASSES, CHUNK=chunk, BLOCK=16, BLOCK_W=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
     return sums.sum(0)
