@@ -2,7 +2,7 @@
 
     CASES: dict[str, Case]      name -> Case(patch_size, build)
 
-and build(grids, device, small) gives the sides to compare, {"before": Side, "after": Side, ...}: the others are measured
+and build(grids, device, small) gives the sides, {"before": Side, "after": Side, ...}: the others are measured
 against the first, in result and in time. `grids` are (rows, columns) of patches per image; with small=True the model is
 a tiny one, for --smoke. A package that is missing raises peers.PeerMissing.
 """
