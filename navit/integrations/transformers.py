@@ -26,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from navit_kernels import PackPlan, plan_pack, varlen_attention
 
 from . import require
+from .padding import unpad
 
 NAME = "flash_navit"
 MINIMUM = "5.17"
@@ -99,9 +100,10 @@ def attention(
             _refuse("an attention_mask beside cu_seq_lens_q", module)
         plan = _plan(cu_seq_lens_q, len(q_THD))
     elif attention_mask is not None:
-        index_T, lengths_k = _valid_keys(attention_mask, key_BHND, module)
-        k_THD, v_THD = k_THD.index_select(0, index_T), v_THD.index_select(0, index_T)
-        plan = plan_pack([tokens] * batch, q_THD.device, lengths_k)
+        valid_BN = _valid_keys(attention_mask, key_BHND.shape[0], key_BHND.shape[2], module)
+        slots_T = valid_BN.flatten().nonzero().flatten()
+        k_THD, v_THD = k_THD.index_select(0, slots_T), v_THD.index_select(0, slots_T)
+        plan = plan_pack([tokens] * batch, q_THD.device, valid_BN.sum(1).tolist())
     elif position_ids is not None and type(module).__name__ == "PixtralAttention":
         plan = _plan_of_positions(position_ids, len(q_THD))
     elif position_ids is not None:
@@ -191,13 +193,11 @@ def _plan_of_rows(batch: int, tokens: int, tokens_k: int, device: torch.device) 
     return _plan_of([tokens] * batch, device, None if tokens_k == tokens else [tokens_k] * batch)
 
 
-def _valid_keys(mask: Tensor, key_BHND: Tensor, module: nn.Module) -> tuple[Tensor, list[int]]:
-    """Places of the valid keys among all B · N, and how many each row has. Waits for the device."""
-    batch, _, tokens, _ = key_BHND.shape
+def _valid_keys(mask: Tensor, batch: int, tokens: int, module: nn.Module) -> Tensor:
+    """(B, N) bool."""
     if tuple(mask.shape) not in ((batch, tokens), (batch, 1, 1, tokens)) or mask.is_floating_point():
         _refuse(f"an attention_mask {tuple(mask.shape)} of {mask.dtype}, which is no padding mask of the keys,", module)
-    valid_BN = mask.reshape(batch, tokens).bool().cpu()
-    return valid_BN.flatten().nonzero().flatten().to(mask.device), valid_BN.sum(1).tolist()
+    return mask.reshape(batch, tokens).bool()
 
 
 def _no_preload(preload: Callable[..., Any]) -> Callable[..., Any]:
@@ -221,15 +221,14 @@ def _unpadded_once(padded: Callable[..., Any]) -> Callable[..., Any]:
             return padded(self, inputs_embeds, attention_mask, **options)
         if options.get("output_attentions"):
             _refuse("output_attentions=True", self)
-        kept = options.get("output_hidden_states") or getattr(config, "output_hidden_states", False)
-        if attention_mask is None or kept or config.model_type != "siglip2_vision_model":
+        states = options.get("output_hidden_states") or getattr(config, "output_hidden_states", False)
+        if attention_mask is None or states or config.model_type != "siglip2_vision_model":
             return padded(self, inputs_embeds, attention_mask, **options)
-        index_T, lengths = _valid_keys(attention_mask, inputs_embeds[:, None], self)
-        plan = plan_pack(lengths, inputs_embeds.device)
-        x_TE = inputs_embeds.flatten(0, 1)
-        outputs = padded(self, x_TE.index_select(0, index_T)[None], plan, **options)
-        rows_TE = outputs.last_hidden_state[0]
-        outputs.last_hidden_state = rows_TE.new_zeros(x_TE.shape).index_copy(0, index_T, rows_TE).view_as(inputs_embeds)
+        valid_BN = _valid_keys(attention_mask, inputs_embeds.shape[0], inputs_embeds.shape[1], self)
+        kept = unpad(valid_BN, inputs_embeds.device)
+        x_TE = inputs_embeds.flatten(0, 1).index_select(0, kept.slots_T)
+        outputs = padded(self, x_TE[None], kept.plan, **options)
+        outputs.last_hidden_state = kept.pad(outputs.last_hidden_state[0])
         return outputs
 
     return forward
