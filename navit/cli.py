@@ -22,6 +22,7 @@ from .evaluate import cost_and_accuracy, majority_baseline, outputs, probabiliti
 from .fit import fit
 from .images import Augment, Resize
 from .info import kernel_table, machine_table, model_tables
+from .integrations import siglip2
 from .model import NaViT
 from .runs import RunFolder, UserError, load_model
 from .train import BatchStream, Settings, TrainConfig, Trainer
@@ -332,24 +333,31 @@ def predict(
 
 @app.command()
 def embed(
-    run: RunArgument,
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.", metavar="IMAGE...")],
+    paths: Annotated[list[Path], typer.Argument(help="A run, and files or folders.", metavar="[RUN] IMAGE...")],
     to: Annotated[Path, typer.Option(help="The file to write: vectors (N, E) float32 and paths (N,).")] = Path(
         "embeddings.npz"
     ),
+    weights: Annotated[Path | None, typer.Option(help="A SigLIP 2 NaFlex checkpoint folder, in place of RUN.")] = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Write one vector per image, the model's output before its classifier, with the images' paths."""
-    found = find_images(images)
+    if weights is None and len(paths) == 1:
+        raise UserError("give a run folder and images, or --weights and images")
+    found = find_images(paths if weights else paths[1:])
     if to.exists() and not overwrite:
         raise UserError(f"{to} exists already: give another --to, or --overwrite")
     if not to.parent.is_dir():
         raise UserError(f"there is no folder {to.parent} to write {to.name} to")
-    _, settings, model = load_run(run, device)
-    model.head = nn.Identity()
     skipped = SkipReport()
-    result = outputs(model, view_batches(found, settings, model, skipped=skipped))
+    if weights is None:
+        _, settings, model = load_run(paths[0], device)
+        model.head = nn.Identity()
+        packs = view_batches(found, settings, model, skipped=skipped)
+    else:
+        model = load_model(weights, siglip2.from_checkpoint).float().to(choose_device(device))
+        packs = siglip2.Preprocessing.read(weights).packs(found, report=skipped)
+    result = outputs(model, packs)
     if not len(result.places_S):
         raise UserError(f"none of the {len(found)} images can be used: {next(iter(skipped.reasons.values()))}")
     with open(to, "wb") as file:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,9 @@ class RunFolder:
         return state
 
 
-def load_model(folder: Path) -> NaViT:
+def load_model(folder: Path, load: Callable[[Path], NaViT] = NaViT.from_pretrained) -> NaViT:
     """A saved model, on the CPU."""
     try:
-        return NaViT.from_pretrained(folder)
+        return load(folder)
     except Exception as error:
         raise UserError(f"no model can be loaded from {folder}: {str(error).splitlines()[0]}") from None
