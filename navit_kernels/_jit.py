@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -43,7 +44,7 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> No
         key[i] = (tensor.dtype, address % 16 == 0)
     for i in site.numbers:
         key[i] = None
-    key.append(tensor.device)
+    key.append(tensor.device.index)
     found = site.compiled.get(tuple(key))
     if found is None:
         places = {name: place for place, name in enumerate(kernel.arg_names)}
@@ -57,7 +58,7 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> No
     positional = template.copy()
     for place, i in changing:
         positional[place] = values[i]
-    compiled[(*grid, 1, 1)[:3]](*positional)
+    compiled[(*grid, 1, 1)[:3]](*positional, stream=torch._C._cuda_getCurrentRawStream(tensor.device.index))
 
 
 @triton.jit

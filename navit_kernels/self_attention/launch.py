@@ -153,10 +153,10 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(out_THD, lse_HT in units of log2 and without βk's share, r_HT2); lse and r are empty where not needed."""
     q, k, v, norms = call.q, call.k, call.v, call.norms
     tokens, tokens_k = q.shape[0], k.shape[0]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((call.heads, tokens) if save_lse else (0,), dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((call.heads, tokens) if save_lse else (0,), dtype=torch.float32)
     needs_r = norms.k_kind != 0 and call.bits != 32
-    r = torch.empty((call.heads, tokens_k, 2) if needs_r else (0,), dtype=torch.float32, device=q.device)
+    r = q.new_empty((call.heads, tokens_k, 2) if needs_r else (0,), dtype=torch.float32)
     if tokens == 0:
         return out, lse, r
     common = dict(

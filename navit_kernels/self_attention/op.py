@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._checks import check_cu_seqlens, check_dtype, check_option, check_same, check_shape, fail
 from ..head_norm import NORM_CODES, HeadNorm, check_head_norm
@@ -15,6 +18,7 @@ from . import reference
 from .config import SUPPORTED_HEAD_DIMS
 
 BACKENDS = ("auto", "reference", "triton", "fa3", "fa4")
+NO_NORM = HeadNorm()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -172,26 +176,39 @@ def _run(
     q: Tensor, k: Tensor | None, v: Tensor | None, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None,
     q_norm: HeadNorm | None, k_norm: HeadNorm | None, scale: float, plan: PackPlan | None, keep_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The kernels, through the dispatcher. k and v are None where q is the packed (T, 3, H, D)."""
+    """The kernels. k and v are None where q is the packed (T, 3, H, D)."""
+    direct = _skips_dispatcher(q)
     if plan is None:
-        items, offsets = torch.ops.navit_kernels.plan(
-            cu_seqlens, cu_seqlens_k, q.shape[0], q.shape[0] if k is None else k.shape[0]
-        )
+        make = _plan if direct else torch.ops.navit_kernels.plan
+        items, offsets = make(cu_seqlens, cu_seqlens_k, q.shape[0], q.shape[0] if k is None else k.shape[0])
         host_offsets = None
     else:
         items, offsets, host_offsets = plan.items, plan.offsets, plan.host_offsets
-    kinds = [NORM_CODES[None if norm is None else norm.kind] for norm in (q_norm, k_norm)]
-    q_norm, k_norm = q_norm or HeadNorm(), k_norm or HeadNorm()
+    q_kind, k_kind = (NORM_CODES[norm and norm.kind] for norm in (q_norm, k_norm))
+    q_norm, k_norm = q_norm or NO_NORM, k_norm or NO_NORM
     parameters = (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias)
     weights = [None if tensor is None else tensor.contiguous() for tensor in parameters]
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (q, k, v, *weights)
     )
-    out, lse, _ = torch.ops.navit_kernels.varlen_attention(
-        q, k, v, items, offsets, host_offsets, *weights, kinds[0], q_norm.eps, kinds[1], k_norm.eps, scale,
+    attend = torch.ops.navit_kernels.varlen_attention
+    if direct:
+        attend = _Attention.apply if differentiable else _forward
+    out, lse, _ = attend(
+        q, k, v, items, offsets, host_offsets, *weights, q_kind, q_norm.eps, k_kind, k_norm.eps, scale,
         cu_seqlens_k is not None, differentiable or keep_lse,
     )  # fmt: skip
     return out, lse
+
+
+def _skips_dispatcher(q: Tensor) -> bool:
+    """Plain tensors and nobody who watches: the way through the dispatcher would take the host longer than all else."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) in (Tensor, torch.nn.Parameter)
+        and not is_in_torch_dispatch_mode()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _natural_lse(
@@ -315,16 +332,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, dout: Tensor | None, backward: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
     out, lse, r, *tensors = ctx.saved_tensors
     nothing = (None,) * 17
     if dout is None:
         return nothing
     weights = tensors[6:]
     weight_grads = any(ctx.needs_input_grad[6:9])
-    dq, dk, dv, weights_H3D = torch.ops.navit_kernels.varlen_attention_backward(
-        dout, out, lse, r, *tensors, *ctx.numbers, weight_grads
-    )
+    dq, dk, dv, weights_H3D = backward(dout, out, lse, r, *tensors, *ctx.numbers, weight_grads)
     packed = tensors[1] is None
     grads: list[Tensor | None] = [None] * 4
     for i, weight in enumerate(weights[:3]):
@@ -334,6 +349,26 @@ def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Tensor | None, .
     if weights[3] is not None and ctx.needs_input_grad[9]:
         grads[3] = torch.zeros_like(weights[3])
     return dq, None if packed else dk, None if packed else dv, None, None, None, *grads, *nothing[:7]
+
+
+def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Any, ...]:
+    return _gradients(ctx, dout, torch.ops.navit_kernels.varlen_attention_backward)
+
+
+class _Attention(torch.autograd.Function):
+    """The registered op, without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[1:])
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Any, ...]:
+        return _gradients(ctx, dout, _backward_kernels)
 
 
 torch.library.register_autograd("navit_kernels::varlen_attention", _backward, setup_context=_setup_context)
