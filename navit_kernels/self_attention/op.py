@@ -184,14 +184,14 @@ def _run(
         host_offsets = None
     else:
         items, offsets, host_offsets = plan.items, plan.offsets, plan.host_offsets
-    q_kind, k_kind = (NORM_CODES[norm and norm.kind] for norm in (q_norm, k_norm))
+    q_kind, k_kind = (NORM_CODES[None if norm is None else norm.kind] for norm in (q_norm, k_norm))
     q_norm, k_norm = q_norm or NO_NORM, k_norm or NO_NORM
     parameters = (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias)
     weights = [None if tensor is None else tensor.contiguous() for tensor in parameters]
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (q, k, v, *weights)
     )
-    attend = torch.ops.navit_kernels.varlen_attention
+    attend: Callable[..., Any] = torch.ops.navit_kernels.varlen_attention
     if direct:
         attend = _Attention.apply if differentiable else _forward
     out, lse, _ = attend(
