@@ -78,7 +78,10 @@ def test_navit_kernels_imports_with_torch_alone() -> None:
     assert not packages & {"triton", *MODEL_ONLY, *OPTIONAL}
 
 
-def test_navit_imports_without_optional_packages() -> None:
-    packages = packages_after("import navit, navit.cli")
+def test_navit_and_its_integrations_import_without_optional_packages() -> None:
+    integrations = (ROOT / "navit" / "integrations").glob("[!_]*.py")
+    packages = packages_after(
+        ", ".join(["import navit, navit.cli", *(f"navit.integrations.{path.stem}" for path in integrations)])
+    )
     assert "navit" in packages
     assert not packages & {"triton", *OPTIONAL}

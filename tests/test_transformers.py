@@ -1,0 +1,427 @@
+"""flash_navit in the vision towers of transformers: what eager computes, in packs, or a refusal that says why."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from navit.integrations import require
+from navit.integrations import transformers as integration
+from navit_kernels import plan_pack
+from navit_kernels.testing import assert_error_within, relative_errors
+
+transformers = pytest.importorskip("transformers", reason="needs the extra: pip install -e '.[transformers]'")
+from transformers.models.pixtral import PixtralVisionConfig, PixtralVisionModel  # noqa: E402
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5  # noqa: E402
+from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3  # noqa: E402
+from transformers.models.siglip2 import (  # noqa: E402
+    Siglip2Config,
+    Siglip2Model,
+    Siglip2TextConfig,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+)
+
+NAME = integration.NAME
+SMALL = {"depth": 3, "hidden_size": 48, "num_heads": 3, "intermediate_size": 80, "out_hidden_size": 16}
+SMALL_SIGLIP = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 3}
+GRIDS = ((1, 10, 12), (2, 2, 6), (1, 8, 8))  # frames, rows, columns; windows are 8 x 8
+NARROW = {"intermediate_size": 64, "out_hidden_size": 8, "spatial_merge_size": 1}
+Inputs = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered() -> None:
+    integration.register()
+
+
+class Tower(NamedTuple):
+    """A vision model's class, configuration, inputs, and the tensors of its output that are compared."""
+
+    kind: type
+    config: Any
+    inputs: Inputs
+    outputs: Callable[[Any], list[Tensor]]
+    pixels: str = "hidden_states"
+
+
+def patches(config: Any) -> Inputs:
+    grids = torch.tensor(GRIDS if config.hidden_size < 100 else GRIDS[1:])
+    generator = torch.Generator().manual_seed(0)
+    values = 3 * config.temporal_patch_size * config.patch_size**2
+    return {"hidden_states": torch.randn(int(grids.prod(1).sum()), values, generator=generator), "grid_thw": grids}
+
+
+def padded(shapes: list[tuple[int, int]], slots: int, values: int = 768) -> Inputs:
+    """What Siglip2's image processor gives, with noise where there is padding."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([rows * columns for rows, columns in shapes])
+    return {
+        "pixel_values": torch.randn(len(shapes), slots, values, generator=generator),
+        "pixel_attention_mask": (torch.arange(slots) < lengths[:, None]).int(),
+        "spatial_shapes": torch.tensor(shapes),
+    }
+
+
+def qwen2_5_tower(**options: Any) -> Tower:
+    config = qwen2_5.Qwen2_5_VLVisionConfig(fullatt_block_indexes=[1], **options)
+    kind = qwen2_5.Qwen2_5_VisionTransformerPretrainedModel
+    return Tower(kind, config, patches(config), lambda out: [out.last_hidden_state, out.pooler_output])
+
+
+def qwen3_tower(**options: Any) -> Tower:
+    config = qwen3.Qwen3VLVisionConfig(**options)
+    return Tower(
+        qwen3.Qwen3VLVisionModel, config, patches(config), lambda out: [out.pooler_output, *out.deepstack_features]
+    )
+
+
+def pixtral_tower(**options: Any) -> Tower:
+    config = PixtralVisionConfig(image_size=96, patch_size=16, **options)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(3, 3, 96, 96, generator=generator)
+    inputs = {"pixel_values": images, "image_sizes": torch.tensor([(96, 64), (16, 96), (48, 48)])}
+    return Tower(PixtralVisionModel, config, inputs, lambda out: [out.last_hidden_state], "pixel_values")
+
+
+def siglip2_tower(**options: Any) -> Tower:
+    inputs = padded([(5, 3), (1, 8), (4, 4), (1, 1)], 18)
+    valid = inputs["pixel_attention_mask"].bool()
+
+    def outputs(out: Any) -> list[Tensor]:
+        return [out.last_hidden_state[valid.to(out.last_hidden_state.device)], out.pooler_output]
+
+    return Tower(Siglip2VisionModel, Siglip2VisionConfig(**options), inputs, outputs, "pixel_values")
+
+
+TOWERS: dict[str, Callable[[], Tower]] = {
+    "qwen2.5 small": lambda: qwen2_5_tower(**SMALL),
+    "qwen3 small": lambda: qwen3_tower(**SMALL, deepstack_visual_indexes=[0]),
+    "pixtral small": lambda: pixtral_tower(**SMALL_SIGLIP),
+    "siglip2 small": lambda: siglip2_tower(**SMALL_SIGLIP),
+    # widths and heads of published models, one or two layers, narrow MLPs
+    "qwen2.5, head width 80": lambda: qwen2_5_tower(**NARROW, depth=2, hidden_size=1280, num_heads=16),
+    "qwen3, head width 72": lambda: qwen3_tower(**NARROW, depth=1, deepstack_visual_indexes=[]),
+    "pixtral, head width 64": lambda: pixtral_tower(num_hidden_layers=1, intermediate_size=64),
+    "siglip2 base, head width 64": lambda: siglip2_tower(num_hidden_layers=2, intermediate_size=64),
+    "siglip2 so400m, head width 72": lambda: siglip2_tower(
+        hidden_size=1152, intermediate_size=64, num_hidden_layers=1, num_attention_heads=16
+    ),
+}
+
+
+def build(tower: Tower, implementation: str = "eager") -> nn.Module:
+    """A model whose biases and norms are random too."""
+    torch.manual_seed(0)
+    model = tower.kind._from_config(copy.deepcopy(tower.config), attn_implementation=implementation)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def results(
+    tower: Tower, model: nn.Module, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Outputs, and the gradients of all parameters and of the pixels, for the same gradient of the outputs."""
+    model = model.to(device, dtype)
+    model.zero_grad(set_to_none=True)
+    inputs = {name: part.to(device) for name, part in tower.inputs.items()}
+    inputs[tower.pixels] = inputs[tower.pixels].to(dtype).requires_grad_()
+    outputs = tower.outputs(model(**inputs))
+    generator = torch.Generator().manual_seed(1)
+    torch.autograd.backward(outputs, [torch.randn(out.shape, generator=generator).to(out) for out in outputs])
+    found = {f"output {index}": out.detach() for index, out in enumerate(outputs)}
+    found |= {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
+    return found | {tower.pixels: inputs[tower.pixels].grad}
+
+
+def differences(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error by name. Attention does not see its keys' bias: its gradient is zero, and rounding in either."""
+    assert actual.keys() == expected.keys()
+    largest = max(part.norm() for part in expected.values())
+    unseen = {name for name in expected if name.endswith("k_proj.bias")}
+    assert all(actual[name].norm() < 1e-5 * largest for name in unseen)
+    return {name: max(relative_errors(actual[name], expected[name])) for name in expected if name not in unseen}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_compute_what_eager_computes_and_its_gradients(name: str) -> None:
+    tower = TOWERS[name]()
+    model = build(tower)
+    expected = results(tower, model)
+    model.set_attn_implementation(NAME)
+    errors = differences(results(tower, model), expected)
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_on_a_gpu_are_as_exact_as_eager(name: str) -> None:
+    tower = TOWERS[name]()
+    model = build(tower)
+    exact = results(tower, model, torch.float32, "cuda")
+    expected = results(tower, model, torch.bfloat16, "cuda")
+    model.set_attn_implementation(NAME)
+    found = results(tower, model, torch.bfloat16, "cuda")
+    for part in expected:
+        if not part.endswith("k_proj.bias"):
+            assert_error_within(found[part], exact[part], expected[part], part)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5 small", "siglip2 small"])
+def test_the_implementation_can_be_chosen_when_a_model_is_made(name: str) -> None:
+    tower = TOWERS[name]()
+    expected, found = (results(tower, build(tower, implementation)) for implementation in ("eager", NAME))
+    assert max(differences(found, expected).values()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen2.5 small", "siglip2 small"])
+def test_gradient_checkpointing_changes_nothing(name: str) -> None:
+    tower = TOWERS[name]()
+    model = build(tower, NAME).train()
+    expected = results(tower, model)
+    model.gradient_checkpointing_enable()
+    found = results(tower, model)
+    assert all(torch.equal(found[part], expected[part]) for part in expected)
+
+
+# Siglip2: unpadded once
+
+
+def test_siglip2_layers_see_the_valid_tokens_only() -> None:
+    tower = TOWERS["siglip2 small"]()
+    model, shapes = build(tower, NAME), []
+    for layer in model.encoder.layers:
+        layer.register_forward_hook(lambda module, given, out: shapes.append(tuple(given[0].shape)))
+    model(**tower.inputs)
+    assert shapes == [(1, 15 + 8 + 16 + 1, 48)] * 2
+
+
+def test_siglip2_padding_does_not_reach_the_images() -> None:
+    tower = TOWERS["siglip2 small"]()
+    model, inputs = build(tower, NAME), dict(tower.inputs)
+    expected = tower.outputs(model(**inputs))
+    padding = inputs["pixel_attention_mask"] == 0
+    inputs["pixel_values"] = inputs["pixel_values"].masked_fill(padding[:, :, None], torch.nan)
+    for found, wanted in zip(tower.outputs(model(**inputs)), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("mask", ["none", "all valid"])
+def test_siglip2_without_padding(mask: str) -> None:
+    tower = TOWERS["siglip2 small"]()
+    inputs = padded([(3, 4), (2, 6)], 12)
+    if mask == "none":
+        inputs["pixel_attention_mask"] = None
+    expected, found = (build(tower, kind)(**inputs).pooler_output for kind in ("eager", NAME))
+    assert max(relative_errors(found, expected)) < 1e-5
+
+
+def test_siglip2_hidden_states_keep_their_padded_shape() -> None:
+    tower = TOWERS["siglip2 small"]()
+    states = [build(tower, kind)(**tower.inputs, output_hidden_states=True).hidden_states for kind in ("eager", NAME)]
+    assert len(states[1]) == len(states[0]) == 3
+    for found, expected in zip(states[1], states[0], strict=True):
+        assert max(relative_errors(found, expected)) < 1e-5
+
+
+def siglip2_model(implementation: Any) -> Siglip2Model:
+    torch.manual_seed(0)
+    text = Siglip2TextConfig(**SMALL_SIGLIP, vocab_size=50, max_position_embeddings=8)
+    config = Siglip2Config(text_config=text.to_dict(), vision_config=Siglip2VisionConfig(**SMALL_SIGLIP).to_dict())
+    return Siglip2Model._from_config(config, attn_implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", [{"vision_config": NAME, "text_config": "eager"}, NAME])
+def test_siglip2_text_tower_computes_what_eager_computes_padding_included(implementation: Any) -> None:
+    model = siglip2_model(implementation)
+    assert model.text_model.config._attn_implementation == (NAME if implementation == NAME else "eager")
+    words = {
+        "input_ids": torch.randint(50, (3, 8)),
+        "attention_mask": (torch.arange(8) < torch.tensor([[8], [3], [5]])),
+    }
+    inputs = padded([(3, 4), (2, 2), (1, 5)], 14) | words
+    found, expected = (each(**inputs) for each in (model, siglip2_model("eager")))
+    assert max(relative_errors(found.logits_per_image, expected.logits_per_image)) < 1e-5
+    states = [out.text_model_output.last_hidden_state for out in (found, expected)]
+    assert max(relative_errors(*states)) < 1e-5
+
+
+# Whole vision-language models
+
+
+def qwen2_5_model(implementation: Any) -> nn.Module:
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    config = qwen2_5.Qwen2_5_VLConfig(
+        vision_config={**SMALL, "fullatt_block_indexes": [1]},
+        text_config={
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "vocab_size": 60, "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2,
+        },
+        image_token_id=50, video_token_id=51, vision_start_token_id=52, vision_end_token_id=53,
+    )  # fmt: skip
+    return qwen2_5.Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=implementation)
+
+
+def picture_and_words() -> dict[str, Tensor]:
+    words = torch.tensor([[4, 52, *[50] * 6, 53, 7, 8]])
+    grid = torch.tensor([[1, 4, 6]])
+    pixels = torch.randn(24, 3 * 2 * 14 * 14, generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": words, "attention_mask": torch.ones_like(words), "mm_token_type_ids": (words == 50).int()}
+    return {**given, "pixel_values": pixels, "image_grid_thw": grid}
+
+
+def test_a_vision_language_model_with_flash_navit_in_its_vision_tower_alone() -> None:
+    model = qwen2_5_model({"vision_config": NAME, "text_config": "eager"})
+    assert model.model.visual.config._attn_implementation == NAME
+    assert model.model.language_model.config._attn_implementation == "eager"
+    found, expected = (each(**picture_and_words()).logits for each in (model, qwen2_5_model("eager")))
+    assert max(relative_errors(found, expected)) < 1e-5
+
+
+def test_a_causal_text_tower_is_refused_with_what_to_write_instead() -> None:
+    with pytest.raises(NotImplementedError, match=r"causal_mask_function.*\"vision_config\": \"flash_navit\""):
+        qwen2_5_model(NAME)(**picture_and_words())
+
+
+# What cannot be honoured
+
+
+class Attention(nn.Module):
+    is_causal = False
+
+
+def call(module: nn.Module | None = None, batch: int = 1, **options: Any) -> Tensor:
+    """The registered function on q, k, v (batch, 2, 6, 8)."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, batch, 2, 6, 8, generator=generator)
+    function = transformers.AttentionInterface()[NAME]
+    return function(module or Attention(), query, key, value, **{"attention_mask": None, "scaling": 0.3, **options})[0]
+
+
+BOUNDARIES = torch.tensor([0, 2, 6], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"is_causal": True}, "causal"),
+        ({"dropout": 0.1}, "dropout=0.1"),
+        ({"output_attentions": True}, "output_attentions=True"),
+        ({"sliding_window": 4}, "sliding_window=4"),
+        ({"softcap": 30.0}, r"softcap=30\.0"),
+        ({"s_aux": torch.ones(2)}, "s_aux"),
+        ({"position_bias": torch.ones(6, 6)}, "position_bias"),
+        ({"attention_mask": torch.ones(1, 1, 6, 6, dtype=torch.bool)}, r"attention_mask \(1, 1, 6, 6\)"),
+        ({"attention_mask": torch.zeros(1, 1, 1, 6)}, "attention_mask .* of torch.float32"),
+        ({"attention_mask": torch.ones(1, 5, dtype=torch.bool)}, r"attention_mask \(1, 5\)"),
+        ({"attention_mask": torch.ones(1, 6), "cu_seq_lens_q": BOUNDARIES, "cu_seq_lens_k": BOUNDARIES}, "beside"),
+        ({"cu_seq_lens_q": BOUNDARIES, "cu_seq_lens_k": BOUNDARIES.clone()}, "cu_seq_lens_k"),
+        ({"cu_seq_lens_k": BOUNDARIES}, "cu_seq_lens_k"),
+        ({"position_ids": torch.zeros(1, 6)}, "position_ids"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(NotImplementedError, match=name):
+        call(**options)
+
+
+def test_a_module_that_says_nothing_counts_as_causal() -> None:
+    with pytest.raises(NotImplementedError, match="causal"):
+        call(nn.Identity())
+
+
+def test_boundaries_of_other_tokens_are_refused() -> None:
+    ends = torch.tensor([0, 2, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="6 tokens, got 0 to 5"):
+        call(cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+
+
+@pytest.mark.parametrize("overlay", ["and_mask_function", "or_mask_function"])
+def test_a_mask_with_more_than_padding_is_refused(overlay: str) -> None:
+    from transformers.masking_utils import create_bidirectional_mask
+
+    config = Siglip2VisionConfig(**SMALL_SIGLIP)
+    config._attn_implementation = NAME
+    with pytest.raises(NotImplementedError, match="padding masks only"):
+        create_bidirectional_mask(
+            config=config, inputs_embeds=torch.zeros(2, 6, 48), attention_mask=torch.ones(2, 6),
+            **{overlay: lambda batch, head, query, key: key < 3},
+        )  # fmt: skip
+
+
+def test_arguments_without_influence_are_let_through() -> None:
+    harmless = {"use_cache": True, "max_length_q": 6, "sliding_window": None, "output_attentions": False}
+    assert torch.equal(call(**harmless), call())
+
+
+# Where images begin
+
+
+def test_a_padding_mask_hides_keys_whatever_its_form() -> None:
+    mask = torch.tensor([[1, 1, 1, 0, 0, 1], [1, 1, 1, 1, 1, 1]])
+    found = call(batch=2, attention_mask=mask)
+    assert torch.equal(call(batch=2, attention_mask=mask[:, None, None].bool()), found)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(3, 2, 2, 6, 8, generator=generator)
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, mask[:, None, None].bool(), scale=0.3)
+    assert max(relative_errors(found, expected.transpose(1, 2))) < 1e-5
+
+
+def test_pixtral_without_boundaries_is_cut_where_positions_begin_again() -> None:
+    """transformers before 5.23 gives Pixtral's layers nothing but positions."""
+    expected = call(cu_seq_lens_q=BOUNDARIES, cu_seq_lens_k=BOUNDARIES)
+    module = type("PixtralAttention", (Attention,), {})()
+    pairs = torch.tensor([(0, 0), (0, 1), (0, 0), (0, 1), (1, 0), (1, 1)])
+    assert torch.equal(call(module, position_ids=pairs), expected)
+    assert torch.equal(call(module, position_ids=torch.tensor([[0, 1, 0, 1, 4, 5]])), expected)
+
+
+def test_a_plan_is_made_once_for_all_layers_and_again_when_boundaries_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(integration, "plan_pack", lambda *given: made.append(given) or plan_pack(*given))
+    ends = BOUNDARIES.clone()
+    first = call(cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+    assert torch.equal(call(cu_seq_lens_q=ends, cu_seq_lens_k=ends), first)
+    assert len(made) == 1
+    ends.copy_(torch.tensor([0, 4, 6]))
+    other = call(cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+    assert len(made) == 2
+    assert not torch.equal(other, first)
+
+
+def test_inference_mode_leaves_training_possible() -> None:
+    tower = TOWERS["qwen2.5 small"]()
+    model = build(tower, NAME)
+    expected = results(tower, model)
+    ends = BOUNDARIES.clone()
+    with torch.inference_mode():
+        found = tower.outputs(model(**tower.inputs))
+        call(cu_seq_lens_q=ends, cu_seq_lens_k=ends)
+        call()
+    assert all(torch.equal(part, expected[f"output {index}"]) for index, part in enumerate(found))
+    assert not call(cu_seq_lens_q=ends, cu_seq_lens_k=ends).is_inference()
+    assert not integration._plan(ends, 6).items.is_inference()
+
+
+# The package
+
+
+def test_other_implementations_are_preloaded_as_before() -> None:
+    integration.register()
+    with pytest.raises((ImportError, ValueError)):
+        transformers.modeling_utils.lazy_import_flash_attention("flash_attention_of_nobody")
+
+
+def test_a_missing_or_old_package_is_an_error_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ImportError, match=r"no_such_package >= 1.*pip install 'navit-kernels\[extra\]'"):
+        require("no_such_package", "1", "extra")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.6")
+    with pytest.raises(ImportError, match=r"transformers >= 5\.\d+, found 4\.57\.6.*\[transformers\]"):
+        integration.register()
