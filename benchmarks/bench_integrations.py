@@ -12,6 +12,7 @@ import contextlib
 import functools
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -128,7 +129,8 @@ def speedups(rows: list[Row]) -> list[Row]:
 
 def clear(device: str) -> None:
     """Leave nothing of one case to the next."""
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     _direction.cache_clear()
     gc.collect()
     if device == "cuda":

@@ -145,7 +145,7 @@ def pack(
             prefix_tokens=prefix_tokens,
             token_budget=token_budget,
         )
-        packs.append(packed.to(images[0].device))
+        packs.append(packed.to(images[0].device, non_blocking=True))
     return packs
 
 

@@ -1,0 +1,49 @@
+"""vit-pytorch's NaViTs at the size of a B/16, before and after `accelerate`.
+
+The nested one as shipped makes leaves of its tokens and pooling queries, so that nothing before them trains; here they
+keep their history (`torch.nested.as_nested_tensor`), on both sides of the comparison the same gradients flow.
+"""
+
+import functools
+import importlib
+
+import peers
+import torch
+from integration_cases import Case, Grids, Side
+
+from navit.integrations.vit_pytorch import accelerate
+
+PATCH, TABLE = 16, 64  # pixels; rows of the position tables
+BASE = {"dim": 768, "depth": 12, "heads": 12, "mlp_dim": 3072, "dim_head": 64, "num_classes": 1000}
+SMALL = {"dim": 32, "depth": 2, "heads": 2, "mlp_dim": 48, "dim_head": 16, "num_classes": 10}
+
+
+def build(nested: bool, grids: Grids, device: str, small: bool) -> dict[str, Side]:
+    name = "vit_pytorch.na_vit_nested_tensor" if nested else "vit_pytorch.na_vit"
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise peers.PeerMissing(str(error)) from error
+    if nested:
+        module.nested_tensor = lambda parts, **options: torch.nested.as_nested_tensor(list(parts), **options)
+    torch.manual_seed(0)
+    sizes = SMALL if small else BASE
+    model = module.NaViT(
+        image_size=TABLE * PATCH, patch_size=PATCH, token_dropout_prob=0.0 if nested else None, **sizes
+    )
+    model.to(device)
+    images = [torch.randn(3, rows * PATCH, columns * PATCH, device=device) for rows, columns in grids]
+    fast = accelerate(model)
+    if nested:
+        return {"before": Side(model, functools.partial(model, images)), "after": Side(fast, lambda: fast(images))}
+    group = {"group_images": True} if len(images) > 1 else {}  # in rows of at most 2,048 tokens
+    return {
+        "before": Side(model, lambda: model(images, **group)),
+        "after": Side(fast, lambda: fast(images, **group)),
+    }
+
+
+CASES = {
+    "vit_pytorch": Case(PATCH, functools.partial(build, False)),
+    "vit_pytorch nested": Case(PATCH, functools.partial(build, True)),
+}
