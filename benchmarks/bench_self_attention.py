@@ -228,29 +228,25 @@ def contenders_of(case: Case, contenders: Contenders) -> Contenders:
 def check_all(cases: list[Case], contenders: Contenders, options: argparse.Namespace) -> dict[Case, Contenders]:
     """The gate: every contender on every case, with and without norms. Returns who takes part in which case.
 
-    A peer that is not required and cannot run a case at all is left out of it, with a message.
+    A peer that cannot run a case, or runs it wrongly, is left out of it, with a message; a fault of ours ends the run.
     """
     taking_part = {}
     for case in cases:
         mine = contenders_of(case, contenders)
         for qk_norm in options.qk_norms:
             expected = Expected(case, qk_norm, options.device)
-            checks = {}
-            for name, peer in mine.items():
+            ours = {}
+            for name, peer in list(mine.items()):
                 if peer is None:
                     prepare = functools.partial(our_attention, qk_norm=qk_norm, backend=BACKENDS[name])
-                else:
-                    prepare = functools.partial(_prepare_peer, peer, qk_norm)
-                checks[name] = functools.partial(expected.check, name, prepare, exactly=peer is None)
-            for name in set(checks).intersection(peers.OPTIONAL):
+                    ours[name] = functools.partial(expected.check, name, prepare, exactly=True)
+                    continue
                 try:
-                    checks[name]()
-                except AssertionError:
-                    continue  # gate reports it
+                    expected.check(name, functools.partial(_prepare_peer, peer, qk_norm), exactly=False)
                 except Exception as error:
-                    print(f"{case.name}: without {name}, which fails: {str(error).splitlines()[0]}")
-                    del mine[name], checks[name]
-            gate(checks)
+                    print(f"{case.name} {case.heads} × {case.head_dim}: without {name}: {str(error).splitlines()[0]}")
+                    del mine[name]
+            gate(ours)
         taking_part[case] = mine
     return taking_part
 
