@@ -26,7 +26,8 @@ def resampled_positions(
 ) -> Tensor:
     """interpolate(table, size, mode, align_corners, antialias)[row, column] for each token's own size, row and column.
 
-    coords_T2: (T, 2) rows and columns. sizes_T2: (T, 2), rows and columns of the grid that each token stands in.
+    coords_T2: (T, 2) rows and columns; a token in a negative row gets zeros. sizes_T2: (T, 2), rows and columns of the
+        grid that each token stands in.
     mode: "bilinear" or "bicubic".
 
     Returns (T, E) float32, differentiable in the table. With antialias, multiplies by (T, R · C) weights in float32;
@@ -34,10 +35,11 @@ def resampled_positions(
     """
     rows, columns, width = table_RCE.shape
     table = table_RCE.reshape(rows * columns, width).float()
+    inside_T1 = coords_T2[:, :1] >= 0
     axes = [(coords_T2[:, axis], sizes_T2[:, axis], length) for axis, length in enumerate((rows, columns))]
     if antialias:
         row_weights, column_weights = (antialiased_weights(*axis, mode, align_corners) for axis in axes)
-        weights = (row_weights[:, :, None] * column_weights[:, None]).flatten(1)
+        weights = (torch.where(inside_T1, row_weights, 0.0)[:, :, None] * column_weights[:, None]).flatten(1)
         kind = "cuda" if table.device.type == "meta" else table.device.type
         with torch.autocast(kind, enabled=False):
             return weights @ table
@@ -45,7 +47,7 @@ def resampled_positions(
         weighted_taps(*axis, mode, align_corners) for axis in axes
     )
     taps = (row_taps[:, :, None] * columns + column_taps[:, None]).flatten(1)
-    weights = (row_weights[:, :, None] * column_weights[:, None]).flatten(1)
+    weights = (torch.where(inside_T1, row_weights, 0.0)[:, :, None] * column_weights[:, None]).flatten(1)
     return embedding_bag(taps, table, per_sample_weights=weights, mode="sum")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from navit_kernels import (
@@ -187,7 +188,8 @@ class PackedForward(nn.Module):
             if embeds.pos_embed_use_grid_sample:
                 coords_T2 = coords_SN2.flatten(0, 1).index_select(0, place_T)
             else:
-                coords_T2 = torch.stack([index_T // sizes_T2[:, 1], index_T % sizes_T2[:, 1]], 1)
+                row_T, column_T = index_T // sizes_T2[:, 1], index_T % sizes_T2[:, 1]
+                coords_T2 = torch.stack([torch.where(row_T < sizes_T2[:, 0], row_T, -1), column_T], 1)
             x_TE = _add_positions(embeds, x_TE, coords_T2, sizes_T2)
         prefix = [token[0] for token in (embeds.cls_token, embeds.reg_token) if token is not None]
         if prefix:
@@ -224,21 +226,23 @@ def _project(embeds: Any, patches: Tensor) -> Tensor:
 
 
 def _add_positions(embeds: Any, x_TE: Tensor, coords_T2: Tensor, sizes_T2: Tensor) -> Tensor:
-    """x + the position table, stretched over each image's grid of sizes_T2 (rows, columns)."""
+    """x + the position table, stretched over each image's grid of sizes_T2; x alone for a token in a negative row."""
     stretched_T2 = sizes_T2
     if embeds.pos_embed_ar_preserving:
         stretched_T2 = sizes_T2.amax(1, keepdim=True).expand(-1, 2)
     if embeds.pos_embed_type == "factorized":
-        tables = embeds.pos_embed_y[0], embeds.pos_embed_x[0]
-        lengths = torch.stack([length / stretched_T2[:, axis] for axis, length in enumerate(map(len, tables))], 1)
-        last = [len(table) - 1 for table in tables]
-        coords_T2 = (coords_T2 + 0.5) * lengths - 0.5
-        coords_T2 = torch.stack([coords_T2[:, axis].clamp(0, last[axis]) for axis in (0, 1)], 1)
-        return add_positions(x_TE, coords_T2, *tables)
+        tables, places = (embeds.pos_embed_y[0], embeds.pos_embed_x[0]), []
+        for axis, table_LE in enumerate(tables):
+            length = table_LE.shape[0]
+            place_T = (coords_T2[:, axis] + 0.5) * (length / stretched_T2[:, axis]) - 0.5
+            places.append(torch.where(coords_T2[:, 0] < 0, length, place_T.clamp(0, length - 1)))
+        with_zeros = (pad(table_LE, (0, 0, 0, 1)) for table_LE in tables)
+        return add_positions(x_TE, torch.stack(places, 1), *with_zeros)
     table_RCE, grid_sample = embeds.pos_embed[0], embeds.pos_embed_use_grid_sample
     if not grid_sample:  # a grid of the table's own size takes the table as it is
-        own_2 = sizes_T2.new_tensor(table_RCE.shape[:2])
-        stretched_T2 = torch.where((sizes_T2 == own_2).all(1, keepdim=True), own_2, stretched_T2)
+        rows, columns = table_RCE.shape[:2]
+        own_T = (sizes_T2[:, 0] == rows) & (sizes_T2[:, 1] == columns)
+        stretched_T2 = torch.where(own_T[:, None], sizes_T2, stretched_T2)
     positions_TE = resampled_positions(
         table_RCE, coords_T2, stretched_T2, embeds.pos_embed_interp_mode,
         antialias=not grid_sample and getattr(embeds, "pos_embed_antialias", True),  # options of timm 1.0.31

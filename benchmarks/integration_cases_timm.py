@@ -1,0 +1,60 @@
+"""timm's NaFlexVits at the size of a B/16, compiled, before and after `accelerate`.
+
+Before: the batch padded to its longest image, as timm's loader pads it, and compiled for exactly its shape. After:
+compiled for batches of any shape. "after, lengths on host" keeps patch_valid on the CPU, so that nothing waits for the
+device.
+"""
+
+import copy
+import functools
+import importlib
+
+import peers
+import torch
+from integration_cases import Case, Grids, Side
+from torch import Tensor
+
+from navit.integrations.timm import accelerate
+
+PATCH = 16
+MODELS = {"timm gap": "naflexvit_base_patch16_gap", "timm parfac_gap": "naflexvit_base_patch16_parfac_gap"}
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
+
+
+def padded(grids: Grids) -> dict[str, Tensor]:
+    """What timm's loader gives for images of these grids."""
+    slots = max(rows * columns for rows, columns in grids)
+    coords = torch.zeros(len(grids), slots, 2, dtype=torch.int64)
+    valid = torch.zeros(len(grids), slots, dtype=torch.bool)
+    for image, (rows, columns) in enumerate(grids):
+        count = rows * columns
+        coords[image, :count] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(count, 2)
+        valid[image, :count] = True
+    patches = torch.randn(len(grids), slots, 3 * PATCH**2, generator=torch.Generator().manual_seed(0))
+    return {"patches": patches, "patch_coord": coords, "patch_valid": valid}
+
+
+def build(name: str, grids: Grids, device: str, small: bool) -> dict[str, Side]:
+    try:
+        timm = importlib.import_module("timm")
+    except (ImportError, RuntimeError) as error:  # torchvision's, where it does not load
+        raise peers.PeerMissing(str(error)) from error
+    torch.manual_seed(0)
+    model = timm.create_model(name, **(SMALL if small else {})).to(device)
+    with torch.no_grad():  # a head and scales that are not almost zero, so that all gradients count
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    fast = accelerate(copy.deepcopy(model))
+    batch = {key: tensor.to(device) for key, tensor in padded(grids).items()}
+    on_host = {**batch, "patch_valid": batch["patch_valid"].cpu()}
+    compiles = device == "cuda"
+    before = torch.compile(model) if compiles else model
+    after = torch.compile(fast, dynamic=True) if compiles else fast
+    return {
+        "before": Side(model, functools.partial(before, batch)),
+        "after": Side(fast, functools.partial(after, batch)),
+        "after, lengths on host": Side(fast, functools.partial(after, on_host)),
+    }
+
+
+CASES = {label: Case(PATCH, functools.partial(build, name)) for label, name in MODELS.items()}
