@@ -17,7 +17,6 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu
 from torch.utils.checkpoint import checkpoint
 
 from navit_kernels import (
@@ -26,6 +25,7 @@ from navit_kernels import (
     add_norm,
     add_positions,
     attention_pool,
+    feed_forward,
     patchify,
     pool_tokens,
     positions,
@@ -295,26 +295,20 @@ class Block(nn.Module):
         branch_TE = self.proj(out_THD.flatten(1))
         scales = {"layer_scale_E": self.scale1, "keep_scale_S": keep1_S, "cu_seqlens": cu_seqlens}
         x_TE, normed_TE = self.norm2(x_TE, branch_TE, **scales)
-        if self.config.checkpointing == "mlp":
-            branch_TE = checkpoint(self.mlp, normed_TE, use_reentrant=False, preserve_rng_state=False)
-        else:
-            branch_TE = self.mlp(normed_TE)
+        branch_TE = self.mlp(normed_TE)
         return following(x_TE, branch_TE, **{**scales, "layer_scale_E": self.scale2, "keep_scale_S": keep2_S})
 
 
 class MLP(nn.Module):
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__()
-        self.kind = config.mlp
-        self.fc1 = nn.Linear(config.width, config.mlp_width * (2 if self.kind == "swiglu" else 1), config.bias)
+        self.activation, self.recompute = config.mlp, config.checkpointing == "mlp"
+        self.fc1 = nn.Linear(config.width, config.mlp_width * (2 if config.mlp == "swiglu" else 1), config.bias)
         self.fc2 = nn.Linear(config.mlp_width, config.width, config.bias)
 
     def forward(self, x_TE: Tensor) -> Tensor:
-        hidden_TM = self.fc1(x_TE)
-        if self.kind == "swiglu":
-            gate_TM, value_TM = hidden_TM.chunk(2, 1)
-            return self.fc2(silu(gate_TM) * value_TM)
-        return self.fc2(gelu(hidden_TM, approximate="tanh" if self.kind == "gelu_tanh" else "none"))
+        weights = self.fc1.weight, self.fc2.weight, self.fc1.bias, self.fc2.bias
+        return feed_forward(x_TE, *weights, activation=self.activation, recompute=self.recompute)
 
 
 class AttentionPool(nn.Module):

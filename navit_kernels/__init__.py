@@ -1,6 +1,7 @@
 """Kernels for native-resolution vision transformers, in the order in which an image flows through them."""
 
 from .head_norm import HeadNorm
+from .mlp import feed_forward
 from .patches import patchify
 from .plan import PackPlan, plan_pack
 from .positions import add_positions
@@ -14,6 +15,7 @@ __all__ = [
     "add_norm",
     "add_positions",
     "attention_pool",
+    "feed_forward",
     "patchify",
     "plan_pack",
     "pool_tokens",

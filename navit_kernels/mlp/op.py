@@ -1,0 +1,134 @@
+"""feed_forward: checks, registration, autograd. T tokens, E model width, M MLP width, U hidden width (M or 2M)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_dtype, check_option, check_same, check_shape
+from . import reference
+
+BACKENDS = ("auto", "reference", "triton")
+ACTIVATIONS = ("gelu_tanh", "gelu", "swiglu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def feed_forward(
+    x_TE: Tensor,
+    up_UE: Tensor,
+    down_EM: Tensor,
+    up_bias_U: Tensor | None = None,
+    down_bias_E: Tensor | None = None,
+    *,
+    activation: str = "gelu_tanh",
+    recompute: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """f(x · upᵀ + up_bias) · downᵀ + down_bias.
+
+        f(h) = gelu(h), by the tanh formula         "gelu_tanh"         U = M
+        f(h) = gelu(h), exact                       "gelu"              U = M
+        f(gate, value) = silu(gate) · value         "swiglu"            U = 2M: rows for gates, then for values
+
+    x_TE: (T, E). up_UE: (U, E); down_EM: (E, M); biases (U,), (E,) or None: nn.Linear's layout. All of one dtype, to
+        which autocast brings them.
+    recompute: keep only x for the backward, which then multiplies x and up again: T · U values less for one product
+        more. Otherwise the product x · upᵀ is kept too, never its activation. The reference keeps what autograd keeps.
+    backend: "auto" runs the reference on CPU tensors; on a GPU torch's products and, for 16 bits on Hopper where E and
+        M are multiples of 8, two kernels that have the activation behind theirs. "triton" insists on the registered op.
+
+    Returns (T, E) in x's dtype. A token's result depends on that token alone, up to what torch's products do.
+    """
+    check_option("activation", activation, ACTIVATIONS)
+    check_option("backend", backend, BACKENDS)
+    check_shape("x", x_TE, (None, None), "(T, E)")
+    check_shape("down", down_EM, (x_TE.shape[1], None), "(E, M)")
+    hidden_width = down_EM.shape[1] * (2 if activation == "swiglu" else 1)
+    check_shape("up", up_UE, (hidden_width, x_TE.shape[1]), "(2M, E)" if activation == "swiglu" else "(M, E)")
+    for name, tensor, width in (("up_bias", up_bias_U, hidden_width), ("down_bias", down_bias_E, x_TE.shape[1])):
+        if tensor is not None:
+            check_shape(name, tensor, (width,), "(U,)" if name == "up_bias" else "(E,)")
+    device = x_TE.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x_TE, up_UE, down_EM = x_TE.to(dtype), up_UE.to(dtype), down_EM.to(dtype)
+        up_bias_U, down_bias_E = (None if bias is None else bias.to(dtype) for bias in (up_bias_U, down_bias_E))
+    others = {"up": up_UE, "down": down_EM, "up_bias": up_bias_U, "down_bias": down_bias_E}
+    for name, tensor in others.items():
+        if tensor is not None:
+            check_same(name, tensor, "x", x_TE)
+    if backend == "reference" or (backend == "auto" and device == "cpu"):
+        return reference.feed_forward(x_TE, up_UE, down_EM, up_bias_U, down_bias_E, activation=activation)
+    check_dtype("x", x_TE, DTYPES)
+    trained = any(tensor is not None and tensor.requires_grad for tensor in (x_TE, *others.values()))
+    keep_hidden = trained and torch.is_grad_enabled() and not recompute
+    return _feed_forward(x_TE, up_UE, down_EM, up_bias_U, down_bias_E, activation, keep_hidden)[0]
+
+
+@torch.library.custom_op("navit_kernels::feed_forward", mutates_args=())
+def _feed_forward(
+    x_TE: Tensor, up_UE: Tensor, down_EM: Tensor, up_bias_U: Tensor | None, down_bias_E: Tensor | None,
+    activation: str, keep_hidden: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from . import kernel
+
+    return kernel.feed_forward(x_TE, up_UE, down_EM, up_bias_U, down_bias_E, activation, keep_hidden)
+
+
+@_feed_forward.register_fake
+def _(x_TE, up_UE, down_EM, up_bias_U, down_bias_E, activation, keep_hidden):  # type: ignore[no-untyped-def]
+    return x_TE.new_empty(x_TE.shape), x_TE.new_empty(x_TE.shape[0] if keep_hidden else 0, up_UE.shape[0])
+
+
+@torch.library.custom_op("navit_kernels::feed_forward_backward", mutates_args=())
+def _feed_forward_backward(
+    dout_TE: Tensor, x_TE: Tensor, hidden_TU: Tensor, up_UE: Tensor, down_EM: Tensor, up_bias_U: Tensor | None,
+    activation: str, weight_grads: bool, down_bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from . import kernel
+
+    return kernel.feed_forward_backward(
+        dout_TE, x_TE, hidden_TU, up_UE, down_EM, up_bias_U, activation, weight_grads, down_bias_grad
+    )
+
+
+@_feed_forward_backward.register_fake
+def _(dout_TE, x_TE, hidden_TU, up_UE, down_EM, up_bias_U, activation, weight_grads, down_bias_grad):  # type: ignore[no-untyped-def]
+    biases = (
+        (weight_grads and up_bias_U is not None) * up_UE.shape[0],
+        (weight_grads and down_bias_grad) * x_TE.shape[1],
+    )
+    return (
+        x_TE.new_empty(x_TE.shape),
+        up_UE.new_empty(up_UE.shape if weight_grads else (0,)),
+        down_EM.new_empty(down_EM.shape if weight_grads else (0,)),
+        *(x_TE.new_empty(width, dtype=torch.float32) for width in biases),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x_TE, up_UE, down_EM, up_bias_U, down_bias_E, ctx.activation, _ = inputs
+    ctx.has_down_bias = down_bias_E is not None
+    ctx.save_for_backward(x_TE, output[1], up_UE, down_EM, up_bias_U)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dout_TE: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    up_bias_U, weight_grads = ctx.saved_tensors[-1], any(ctx.needs_input_grad[1:5])
+    dx_TE, dup_UE, ddown_EM, dup_bias_U, ddown_bias_E = _feed_forward_backward(
+        dout_TE, *ctx.saved_tensors, ctx.activation, weight_grads, ctx.has_down_bias
+    )
+    return (
+        dx_TE,
+        dup_UE if weight_grads else None,
+        ddown_EM if weight_grads else None,
+        dup_bias_U.to(dx_TE.dtype) if weight_grads and up_bias_U is not None else None,
+        ddown_bias_E.to(dx_TE.dtype) if weight_grads and ctx.has_down_bias else None,
+        None,
+        None,
+    )
+
+
+_feed_forward.register_autograd(_backward, setup_context=_setup_context)
