@@ -31,7 +31,7 @@ setup(
         "dev": [*TEST, "ruff==0.17.6", "mypy==2.4.1"],
         "fa": ["flash-attn-4>=4.0.0b30"],
         "timm": ["timm>=1.0.29"],
-        "transformers": ["transformers>=5"],
+        "transformers": ["transformers>=5.17,<6"],
         "vit-pytorch": ["vit-pytorch>=1.23"],
     },
     entry_points={"console_scripts": ["navit = navit.cli:main"]},

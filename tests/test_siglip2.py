@@ -1,6 +1,8 @@
 """SigLIP 2 NaFlex, packed: the numbers of transformers' model, from its modules or from a checkpoint's files."""
 
 import json
+import re
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -339,3 +341,11 @@ def test_embed_without_a_model_is_one_line(
         with pytest.raises(SystemExit):
             cli.main()
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    example = Path(__file__).parent.parent / "examples" / "transformers_siglip2.py"
+    runpy.run_path(str(example), run_name="__main__")
+    differences = re.findall(r"(\S+) from before", capsys.readouterr().out)
+    assert len(differences) == 2
+    assert max(map(float, differences)) < 1e-5

@@ -1,7 +1,10 @@
 """flash_navit in the vision towers of transformers: what eager computes, in packs, or a refusal that says why."""
 
 import copy
+import re
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -26,6 +29,7 @@ from transformers.models.siglip2 import (  # noqa: E402
 )
 
 NAME = integration.NAME
+EXAMPLES = Path(__file__).parent.parent / "examples"
 SMALL = {"depth": 3, "hidden_size": 48, "num_heads": 3, "intermediate_size": 80, "out_hidden_size": 16}
 SMALL_SIGLIP = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 3}
 GRIDS = ((1, 10, 12), (2, 2, 6), (1, 8, 8))  # frames, rows, columns; windows are 8 x 8
@@ -425,3 +429,10 @@ def test_a_missing_or_old_package_is_an_error_with_the_extra(monkeypatch: pytest
     monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.6")
     with pytest.raises(ImportError, match=r"transformers >= 5\.\d+, found 4\.57\.6.*\[transformers\]"):
         integration.register()
+
+
+def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "transformers_qwen_vision.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert float(re.findall(r"(\S+) from before", printed)[0]) < 1e-5
+    assert "refused: flash_navit" in printed
