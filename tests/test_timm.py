@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from navit.integrations import timm as integration
+from navit.integrations.padding import unpad, whole
 from navit.integrations.resampling import MODES, resampled_positions
 from navit.integrations.timm import accelerate
 from navit_kernels.testing import assert_error_within
@@ -223,6 +224,22 @@ def test_resampled_positions_are_those_of_interpolate(mode: str, antialias: bool
         assert (got - expected).norm() <= 2e-6 * exact.norm()
 
 
+def test_padding_and_back() -> None:
+    valid = torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 0]]).bool()
+    pack = unpad(valid, torch.device("cpu"), prefix=1)
+    assert pack.slots_T.tolist() == [0, 1, 3, 5]
+    assert pack.cu_seqlens.tolist() == [0, 2, 4, 4]
+    assert pack.plan.cu_seqlens.tolist() == [0, 3, 6, 7]
+    x_TE, prefix_RE = torch.arange(4.0).view(4, 1), torch.tensor([[9.0]])
+    packed = pack.with_prefix(x_TE, prefix_RE)
+    assert packed.flatten().tolist() == [9, 0, 1, 9, 2, 3, 9]
+    assert torch.equal(pack.without_prefix(packed), x_TE)
+    assert pack.pad(packed)[..., 0].tolist() == [[9, 0, 1, 0], [9, 2, 0, 3], [9, 0, 0, 0]]
+    full = whole(2, 3, torch.device("cpu"))
+    assert full.slots_T.tolist() == list(range(6))
+    assert full.plan.cu_seqlens.tolist() == [0, 3, 6]
+
+
 @pytest.mark.parametrize(
     ("changes", "size"),
     [
@@ -310,6 +327,19 @@ def test_other_images_do_not_matter(naflexvit: Any) -> None:
     together = fast(inputs)
     alone = torch.cat([fast({name: tensor[i : i + 1] for name, tensor in inputs.items()}) for i in range(len(GRIDS))])
     torch.testing.assert_close(alone, together)
+
+
+@pytest.mark.parametrize("pool", ["avg", "max", "map"])
+def test_an_image_without_patches_pools_to_zeros(naflexvit: Any, pool: str) -> None:
+    model, fast = pair(naflexvit, train=False, global_pool=pool, reg_tokens=1)
+    inputs = batch()
+    inputs["patch_valid"][1] = False
+    expected, out = model(inputs), fast(inputs)
+    others = [0, 2, 3, 4]
+    torch.testing.assert_close(out[others], expected[others], rtol=1e-4, atol=1e-5)
+    if pool == "avg":
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert out.isfinite().all()
 
 
 def test_stochastic_depth_is_drawn_per_image(naflexvit: Any) -> None:

@@ -57,8 +57,8 @@ class Unpadded:
     def with_prefix(self, x_TE: Tensor, prefix_RE: Tensor) -> Tensor:
         """The whole pack: before each image's tokens, the same R ones. Of the wider dtype of the two."""
         dtype, rows = torch.promote_types(x_TE.dtype, prefix_RE.dtype), x_TE.shape[0] + self.images * self.prefix
-        pack_TE = x_TE.new_empty(rows, x_TE.shape[1], dtype=dtype).index_copy(0, self.token_places, x_TE.to(dtype))
-        return pack_TE.index_copy(0, self.prefix_places, prefix_RE.to(dtype).repeat(self.images, 1))
+        pack_TE = x_TE.new_empty(rows, x_TE.shape[1], dtype=dtype).index_copy_(0, self.token_places, x_TE.to(dtype))
+        return pack_TE.index_copy_(0, self.prefix_places, prefix_RE.to(dtype).repeat(self.images, 1))
 
     def without_prefix(self, x_TE: Tensor) -> Tensor:
         """(T, E): the tokens that are not prefix tokens."""
@@ -67,7 +67,7 @@ class Unpadded:
     def pad(self, x_TE: Tensor) -> Tensor:
         """Back to (S, R + N, E): prefix tokens first, zeros where a slot is not valid."""
         padded = x_TE.new_zeros(self.images * self.slots, x_TE.shape[1])
-        padded = padded.index_copy(0, self.slots_T, self.without_prefix(x_TE)).unflatten(0, (self.images, self.slots))
+        padded = padded.index_copy_(0, self.slots_T, self.without_prefix(x_TE)).unflatten(0, (self.images, self.slots))
         if not self.prefix:
             return padded
         prefix = x_TE.index_select(0, self.prefix_places).unflatten(0, (self.images, self.prefix))
