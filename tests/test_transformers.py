@@ -431,6 +431,12 @@ def test_a_missing_or_old_package_is_an_error_with_the_extra(monkeypatch: pytest
         integration.register()
 
 
+def test_a_package_that_has_moved_on_is_an_error_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(transformers.modeling_utils, "lazy_import_flash_attention")
+    with pytest.raises(ImportError, match=r"newer than .*lazy_import_flash_attention.*\[transformers\]"):
+        integration.register()
+
+
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "transformers_qwen_vision.py"), run_name="__main__")
     printed = capsys.readouterr().out

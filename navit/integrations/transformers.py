@@ -43,18 +43,25 @@ def register() -> None:
     Besides the two registrations this replaces two functions of transformers: the preloading of a flash-attn package,
     which it wants for every implementation with "flash" in its name, is left out for this name; and Siglip2's encoder
     packs where this implementation is chosen. All other implementations run as before.
-    Raises ImportError for a transformers that is missing or too old.
+    Raises ImportError for a transformers that is missing, too old, or so new that those functions are gone.
     """
-    require("transformers", MINIMUM, "transformers")
-    from transformers import AttentionInterface, AttentionMaskInterface, modeling_utils
-    from transformers.models.siglip2.modeling_siglip2 import Siglip2Encoder
+    package = require("transformers", MINIMUM, "transformers")
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface, modeling_utils
+        from transformers.models.siglip2.modeling_siglip2 import Siglip2Encoder
 
-    if NAME in AttentionInterface._global_mapping:
-        return
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, padding_mask)
-    modeling_utils.lazy_import_flash_attention = _no_preload(modeling_utils.lazy_import_flash_attention)
-    Siglip2Encoder.forward = _unpadded_once(Siglip2Encoder.forward)
+        registered = NAME in AttentionInterface._global_mapping
+        preload = modeling_utils.lazy_import_flash_attention
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"transformers {package.__version__} is newer than this integration knows ({error}); install one that it "
+            "knows with: pip install 'navit-kernels[transformers]'"
+        ) from error
+    if not registered:
+        AttentionInterface.register(NAME, attention)
+        AttentionMaskInterface.register(NAME, padding_mask)
+        modeling_utils.lazy_import_flash_attention = _no_preload(preload)
+        Siglip2Encoder.forward = _unpadded_once(Siglip2Encoder.forward)
 
 
 def attention(
