@@ -68,19 +68,10 @@ def varlen_attention(
     Raises ValueError naming the argument, what was expected and what came; ImportError for a flash-attn that is not
     installed.
     """
-    check_shape("q", q_THD, (None, None, None), "(T, H, D)")
-    heads, width = q_THD.shape[1:]
-    for name, tensor in (("k", k_THD), ("v", v_THD)):
-        check_shape(name, tensor, (None, None, width), "(T, H, D)")
-        if tensor.shape[1] != heads:
-            fail(name, f"of q's head count {heads} (grouped and multi-query heads are not supported)", tensor.shape[1])
-        check_same(name, tensor, "q", q_THD)
-    check_shape("v", v_THD, k_THD.shape, "(T, H, D)")
-    if cu_seqlens_k is None:
-        check_shape("k", k_THD, q_THD.shape, "(T, H, D)")
+    _check_inputs(q_THD, k_THD, v_THD, cu_seqlens_k is not None)
     q_THD, k_THD, v_THD = _autocast(q_THD, k_THD, v_THD)
     _check_call(q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens_k, q_norm, k_norm, rope, plan, backend)
-    scale = width**-0.5 if softmax_scale is None else softmax_scale
+    scale = q_THD.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     if backend in ("fa3", "fa4"):
         from . import flash
 
@@ -140,6 +131,24 @@ def _takes_reference(backend: str, q_THD: Tensor) -> bool:
     if backend not in ("auto", "reference") and q_THD.device.type == "cpu":
         fail("q", f"on a GPU for backend={backend!r}", q_THD.device)
     return backend == "reference" or (backend == "auto" and q_THD.device.type == "cpu")
+
+
+def _check_inputs(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, cross: bool) -> None:
+    """Shapes, dtypes and devices. What nearly every call brings is accepted first, at little cost."""
+    if isinstance(q_THD, Tensor) and q_THD.dim() == 3:
+        kind = (q_THD.shape, q_THD.dtype, q_THD.device)
+        if all(isinstance(x, Tensor) and (x.shape, x.dtype, x.device) == kind for x in (k_THD, v_THD)):
+            return
+    check_shape("q", q_THD, (None, None, None), "(T, H, D)")
+    heads, width = q_THD.shape[1:]
+    for name, tensor in (("k", k_THD), ("v", v_THD)):
+        check_shape(name, tensor, (None, None, width), "(T, H, D)")
+        if tensor.shape[1] != heads:
+            fail(name, f"of q's head count {heads} (grouped and multi-query heads are not supported)", tensor.shape[1])
+        check_same(name, tensor, "q", q_THD)
+    check_shape("v", v_THD, k_THD.shape, "(T, H, D)")
+    if not cross:
+        check_shape("k", k_THD, q_THD.shape, "(T, H, D)")
 
 
 def _check_call(
