@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def register() -> None:
         from transformers.models.siglip2.modeling_siglip2 import Siglip2Encoder
 
         registered = NAME in AttentionInterface._global_mapping
-        preload = modeling_utils.lazy_import_flash_attention
+        preload, encoder = modeling_utils.lazy_import_flash_attention, cast(Any, Siglip2Encoder)
     except (ImportError, AttributeError) as error:
         raise ImportError(
             f"transformers {package.__version__} is newer than this integration knows ({error}); install one that it "
@@ -61,7 +61,7 @@ def register() -> None:
         AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, padding_mask)
         modeling_utils.lazy_import_flash_attention = _no_preload(preload)
-        Siglip2Encoder.forward = _unpadded_once(Siglip2Encoder.forward)
+        encoder.forward = _unpadded_once(encoder.forward)
 
 
 def attention(
