@@ -34,6 +34,7 @@ from navit_kernels import (
     add_norm,
     add_positions,
     attention_pool,
+    feed_forward,
     patchify,
     varlen_attention_qkvpacked,
 )
@@ -203,8 +204,11 @@ class PackedNaViT(nn.Module):
             branch_TE = attention(normed_TE, packed.cu_seqlens, packed.plan)
             norm, up, activation, inner_dropout, down, dropout = mlp
             x_TE, normed_TE = _add_norm(x_TE, branch_TE, norm)
-            branch_TE = dropout(down(inner_dropout(activation(up(normed_TE)))))
-            x_TE, normed_TE = _add_norm(x_TE, branch_TE, norm_after)
+            if self.training and inner_dropout.p > 0:
+                branch_TE = down(inner_dropout(activation(up(normed_TE))))
+            else:
+                branch_TE = feed_forward(normed_TE, up.weight, down.weight, up.bias, down.bias, activation="gelu")
+            x_TE, normed_TE = _add_norm(x_TE, dropout(branch_TE), norm_after)
         pooled_SE = self.attn_pool.pool(self.attn_pool_queries, normed_TE, packed.cu_seqlens)
         if not self.nested:
             pooled_SE = pooled_SE + self.attn_pool_queries
