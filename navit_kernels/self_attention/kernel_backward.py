@@ -202,15 +202,20 @@ def backward_resident(
 
 @triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def backward_prepare(
-    q_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, rows_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr,
-    first_item, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h, dout_stride_t: tl.constexpr, dout_stride_h,
-    dq_stride_t: tl.constexpr, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
-    k_weight_stride: tl.constexpr, q_eps, fold_scale, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-    D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, CENTRE: tl.constexpr, Q_WEIGHT: tl.constexpr,
-    Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, rows_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
+    items_ptr, offsets_ptr, first_item, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h,
+    k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr,
+    dout_stride_h, dq_stride_t: tl.constexpr, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
+    k_weight_stride: tl.constexpr, q_eps, k_eps, fold_scale, score_scale, UNIT: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
+    CENTRE: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
+    PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """u into dq's memory, free until backward_queries writes dq there; (lse, Δ) into rows, float32 (H, T, 2)."""
+    """u into dq's memory, free until backward_queries writes dq there; (lse, Δ) into rows, float32 (H, T, 2).
+
+    Δ is rowsum(dO ⊙ O), but in float32 rowsum(P ⊙ dP): G subtracts it from the same dP, and where one key has almost
+    all of a row's weight only so the two cancel to float32's precision.
+    """
     SPLIT: tl.constexpr = ROWS // BLOCK
     first, count = work_range(offsets_ptr, first_item, H * SPLIT, CLASS, ON_DEVICE)
     work = tl.program_id(0)
@@ -232,9 +237,24 @@ def backward_prepare(
         q, gain, shift, q_eps, fold_scale, Q_NORM, CENTRE, FOLD, Q_WEIGHT or K_WEIGHT, Q_BIAS, D, D1, D2
     )
     store_rows(dq_ptr + h * D, q_start + row, offs, dq_stride_t, mask, u, D, D1, D2)
-    delta = row_dot(cast(out, tl.float32), cast(dout, tl.float32))
     head = h * tokens
     lse = tl.load(lse_ptr + head + q_start + row + offs, mask=mask, other=0.0)
+    if PRECISION == "ieee":
+        weight, delta = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        for n0 in range(0, k_length, BLOCK):
+            mask_n = n0 + offs < k_length
+            k = load_rows(k_ptr + h * k_stride_h * UNIT, k_start + n0, offs, k_stride_t, mask_n, D, D1, D2)
+            v = load_rows(v_ptr + h * v_stride_h * UNIT, k_start + n0, offs, v_stride_t, mask_n, D, D1, D2)
+            k_hat, _ = normalized_keys(k, k_eps, K_NORM, D, D1, D2)
+            s = dot_rows(u, k_hat, PRECISION)
+            if not FOLD:
+                s *= score_scale
+            p = tl.where(mask_n[None, :], tl.exp2(s - lse[:, None]), 0.0)
+            weight += tl.sum(p, 1)
+            delta += tl.sum(p * dot_rows(dout, v, PRECISION), 1)
+        delta = tl.where(weight == 0, 0.0, delta / weight)
+    else:
+        delta = row_dot(cast(out, tl.float32), cast(dout, tl.float32))
     store_pairs(rows_ptr + head * 2, q_start + row, offs, lse, delta, mask)
 
 

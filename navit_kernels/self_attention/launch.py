@@ -246,9 +246,8 @@ def backward(
             row_pairs = torch.empty(*lse.shape, 2, dtype=torch.float32, device=q.device)
         launch_kernel(
             kernel_backward.backward_prepare, call.grid(index, rows // PREPARE_ROWS),
-            **call.shape, **call.work(index), **call.rows(q=q, dout=dout), **call.outputs(dq=dq), **call.weights(),
-            out_ptr=out, lse_ptr=lse, rows_ptr=row_pairs, q_eps=norms.q_eps, fold_scale=call.fold_scale,
-            Q_NORM=norms.q_kind, FOLD=call.fold,
+            **call.shape, **call.work(index), **inputs, **call.outputs(dq=dq), **call.weights(), **eps, **kinds, **score,
+            out_ptr=out, lse_ptr=lse, rows_ptr=row_pairs, fold_scale=call.fold_scale,
             CENTRE=norms.k_kind == NORM_CODES["layer_norm"] and not normalize_keys, ROWS=rows, BLOCK=PREPARE_ROWS,
             num_warps=4,
         )  # fmt: skip
