@@ -44,9 +44,9 @@ def accelerate(model: nn.Module) -> nn.Module:
     made as timm makes it, so that a seed drops the same patches and paths; only element-wise dropout differs.
     `forward_intermediates` stays timm's own, padded.
 
-    The lengths in patch_valid are waited for, once per forward. A patch_valid on the CPU, with the rest on a GPU, is
-    not, and nothing else is: timm's own waits for the grid of each image. Images and no patch_valid: no wait at all.
-    With torch.compile the whole model is one graph.
+    The lengths in patch_valid are waited for, once per forward; nothing else is (timm's own waits for the grid of every
+    image). Leave patch_valid on the CPU, the rest on the GPU, and there is no wait at all, unless patches are dropped.
+    Nor is there for a batch of images. torch.compile works with fullgraph=True, too.
 
     Positions, as timm's, take patches to stand row by row from the first one, unless pos_embed_use_grid_sample is set,
     which reads patch_coord. An image without a valid patch pools to zeros.
