@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -60,15 +61,30 @@ def relative_errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
     return norm, peak
 
 
-def assert_error_within(actual: Tensor, exact: Tensor, at_dtype: Tensor, name: str = "result") -> None:
+def mean_errors(actual: Sequence[Tensor], exact: Sequence[Tensor]) -> tuple[float, float]:
+    """relative_errors, each the mean over draws."""
+    norms, peaks = zip(*(relative_errors(a, e) for a, e in zip(actual, exact, strict=True)), strict=True)
+    return sum(norms) / len(norms), sum(peaks) / len(peaks)
+
+
+def assert_error_within(
+    actual: Tensor | Sequence[Tensor],
+    exact: Tensor | Sequence[Tensor],
+    at_dtype: Tensor | Sequence[Tensor],
+    name: str = "result",
+) -> None:
     """Assert err(actual) ≤ 2·err(at_dtype) + 1 ulp of actual's dtype, for the 2-norm and for the largest element.
 
     actual: the kernel's result. exact: the reference in float64. at_dtype: the reference run at the kernel's dtype.
+    Each may be a list, of one result per draw of the inputs: the mean errors are judged then. One draw's largest error
+    is luck in float32, where kernel and reference err alike: the reference with its sums in another order exceeds its
+    own bound in 1 to 5 draws of 100. A reference that is not finite bounds nothing, and fails.
     """
-    ulp = torch.finfo(actual.dtype).eps
+    actual, exact, at_dtype = ([x] if isinstance(x, Tensor) else x for x in (actual, exact, at_dtype))
+    ulp = torch.finfo(actual[0].dtype).eps
     for kind, ours, theirs in zip(
-        ("‖·‖", "max"), relative_errors(actual, exact), relative_errors(at_dtype, exact), strict=True
+        ("‖·‖", "max"), mean_errors(actual, exact), mean_errors(at_dtype, exact), strict=True
     ):
         bound = 2 * theirs + ulp
-        if not ours <= bound:
+        if not ours <= bound < math.inf:
             raise AssertionError(f"{name}: {kind} error {ours:.2e} is over {bound:.2e} (reference: {theirs:.2e})")

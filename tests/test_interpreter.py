@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 FILES = [p for p in HERE.glob("test_*.py") if "mark.interpreter" in p.read_text() and p.name != Path(__file__).name]
-FILES.sort(key=lambda p: (-p.stat().st_size, p.name))  # more to run first
+FILES.sort(key=lambda p: ("attention" not in p.name, -p.stat().st_size, p.name))  # more to run first
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")

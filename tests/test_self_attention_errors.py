@@ -8,6 +8,7 @@ from attention_checks import BF16, FP16, FP64
 from torch import Tensor
 
 from navit_kernels import HeadNorm, plan_pack, varlen_attention, varlen_attention_qkvpacked
+from navit_kernels._checks import check_cu_seqlens_values
 from navit_kernels.testing import cu_seqlens_of
 
 
@@ -68,6 +69,17 @@ def test_a_good_call_is_not_refused() -> None:
 def test_errors_say_name_expected_and_got(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [((1, 6), r"x\[0\] must be 0, got 1"), ((0, 5), r"x\[-1\] must be"), ((0, 4, 2, 6), "x must be non-decreasing")],
+    ids=str,
+)
+def test_values_of_cu_seqlens_are_checked_on_request(values: tuple[int, ...], message: str) -> None:
+    check_cu_seqlens_values("x", int32(0, 2, 6), 6)
+    with pytest.raises(ValueError, match=message):
+        check_cu_seqlens_values("x", int32(*values), 6)
 
 
 def test_rope_is_reserved() -> None:
