@@ -133,7 +133,9 @@ def qwen_attention(grids: Grids, device: str, small: bool) -> dict[str, Side]:
     return {name: Side(module, functools.partial(run, attend), autocast=False) for name, attend in contenders.items()}
 
 
-def torch_varlen(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any) -> Any:
+def torch_varlen(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
+) -> Any:
     """torch's varlen_attn as transformers calls an attention."""
     from torch.nn.attention.varlen import varlen_attn
 
