@@ -74,11 +74,12 @@ def _launches(op: str, device: torch.device, config: NaViTConfig) -> Iterable[st
         return ["fixed in kernel.py"]
     from navit_kernels.plan import CLASS_LIMITS, CLASSES
     from navit_kernels.self_attention.config import choose_config
+    from navit_kernels.self_attention.launch import architecture, gluon_is_supported
 
-    major, minor = torch.cuda.get_device_capability(device)
     found = []
     for index in range(CLASSES):
-        chosen = choose_config(10 * major + minor, config.width // config.heads, index, 16)
+        chosen = choose_config(architecture(device), config.width // config.heads, index, 16, gluon_is_supported())
         length = f"≤ {CLASS_LIMITS[index]}" if index < CLASSES - 1 else "longer"
-        found.append(f"{length}: {chosen.forward.kernel}, {chosen.forward.measured}")
+        for direction, launch in (("forward", chosen.forward), ("backward", chosen.backward)):
+            found.append(f"{length} {direction}: {launch.kernel}, {launch.measured}")
     return found

@@ -16,9 +16,10 @@ from navit_kernels.self_attention.config import SUPPORTED_HEAD_DIMS, choose_conf
 
 @pytest.mark.parametrize("arch", [0, 80, 89, 90, 100])
 @pytest.mark.parametrize("bits", [16, 32])
-def test_every_launch_covers_its_class(arch: int, bits: int) -> None:
+@pytest.mark.parametrize("gluon", [False, True])
+def test_every_launch_covers_its_class(arch: int, bits: int, gluon: bool) -> None:
     for width, index in itertools.product(SUPPORTED_HEAD_DIMS, range(CLASSES)):
-        config, rows = choose_config(arch, width, index, bits), rows_of_class(index)
+        config, rows = choose_config(arch, width, index, bits, gluon), rows_of_class(index)
         assert config.forward.kernel in ("tile", "stream")
         assert (config.queries is not None) == (config.backward.kernel == "stream")
         for launch in filter(None, (config.forward, config.backward, config.queries)):

@@ -6,6 +6,7 @@ the table is benchmarks/search_self_attention.py.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 from ..plan import CLASS_LIMITS, CLASSES, TILE
@@ -18,7 +19,7 @@ LARGE_SHARED = (80, 90, 100)  # architectures with the shared memory that the me
 class Launch:
     """One kernel's compile-time choices. block_m: query rows; block_n: key rows; stages: of the loop's loads."""
 
-    kernel: str  # "tile", "resident" (backward only) or "stream"
+    kernel: str  # "tile", "stream", or in a backward "resident" or "hopper_tile"
     block_m: int
     block_n: int
     warps: int
@@ -51,20 +52,26 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return first, 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
 
 
-def choose_config(arch: int, head_dim: int, class_index: int, dtype_bits: int) -> ClassConfig:
+def choose_config(arch: int, head_dim: int, class_index: int, dtype_bits: int, gluon: bool = False) -> ClassConfig:
     """The launches of a class. arch: compute capability × 10 (90 for an H100); 0 for anything that is not CUDA.
 
     dtype_bits: 16, or 32 for true float32, which is correct everywhere and tuned nowhere.
+    gluon: whether Hopper's own kernels may run: this Triton has Gluon, and TMA reaches the tensors.
     """
     if dtype_bits == 32:
         stream = Launch("stream", 32, 16 if head_dim > 64 else 32, 4, 1)
         return ClassConfig(stream, stream, stream, normalize_keys=True)
     if arch not in LARGE_SHARED:
         return _portable(head_dim, rows_of_class(class_index))
-    config = (NARROW if head_dim <= 64 else MIDDLE if head_dim <= 80 else WIDE)[class_index]
-    return config if arch == 90 else _untuned(config)
+    width = 0 if head_dim <= 64 else 1 if head_dim <= 80 else 2
+    config = (NARROW, MIDDLE, WIDE)[width][class_index]
+    if arch != 90:
+        return _untuned(config)
+    backward = HOPPER_BACKWARD.get((width, class_index)) if gluon else None
+    return config if backward is None else replace(config, backward=backward, queries=None)
 
 
+@functools.cache
 def _portable(head_dim: int, rows: int) -> ClassConfig:
     """Little shared memory and no spills, from an L4 to an MI300."""
     block, warps = (min(64, rows), 4) if head_dim <= 64 else (32, 8)
@@ -75,6 +82,7 @@ def _portable(head_dim: int, rows: int) -> ClassConfig:
     )
 
 
+@functools.cache
 def _untuned(config: ClassConfig) -> ClassConfig:
     """A Hopper row on another architecture: the caps on registers were measured there alone."""
     launches = {name: getattr(config, name) for name in ("forward", "backward", "queries")}
@@ -152,3 +160,12 @@ WIDE = (  # from 88 to 128, measured at 128 with 8 heads
         Launch("stream", 64, 64, 4, 2, measured="ft 924; 128 queries and keys, 8 warps 1121"),
     ),
 )
+
+HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
+    (0, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 354; portable 508"),
+    (0, 2): Launch("hopper_tile", 128, 128, 4, 1, measured="U128 424; portable 843"),
+    (1, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 689; portable 875"),
+    (1, 2): Launch("hopper_tile", 128, 128, 8, 1, measured="U128 845; portable 1141"),
+    (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 389; portable 624"),
+    (2, 2): Launch("hopper_tile", 128, 128, 8, 1, measured="U128 447; portable 899"),
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,21 @@ def architecture(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
+
+
+@functools.cache
+def gluon_is_supported() -> bool:
+    """Gluon is experimental: its names move between releases. These are tested."""
+    return (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
+
+
+def tma_reaches(*tensors: Tensor) -> bool:
+    """Whether addresses and strides of (T, H, D) tensors are multiples of 16 bytes, as TMA wants them."""
+    return all(
+        tensor.data_ptr() % 16 == 0
+        and all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:2])
+        for tensor in tensors
+    )
 
 
 def plan_on_device(cu_seqlens: Tensor, cu_seqlens_k: Tensor, tokens: int, tokens_k: int) -> tuple[Tensor, Tensor]:
@@ -90,8 +106,17 @@ class Launcher:
         if self.ends is not None:
             check_plan_tokens(self.ends, q.shape[0], k.shape[0])
 
-    def config(self, index: int) -> ClassConfig:
-        return choose_config(self.arch, self.width, index, self.bits)
+    def config(self, index: int, gluon: bool = False) -> ClassConfig:
+        return choose_config(self.arch, self.width, index, self.bits, gluon)
+
+    def gluon(self, *tensors: Tensor) -> bool:
+        """Whether Hopper's own kernels may run, which reach all tensors by TMA."""
+        if self.arch != 90 or self.bits == 32 or self.q.device.type == "cpu" or not gluon_is_supported():
+            return False
+        if tma_reaches(*tensors):
+            return True
+        warnings.warn("tensors without 16-byte alignment: varlen_attention's slower portable kernels run", stacklevel=2)
+        return False
 
     def classes(self) -> list[int]:
         """The classes that may hold work, the longest segments first."""
@@ -204,7 +229,8 @@ def backward(
         for grad in (dq, dk, dv):
             grad.zero_()
         return q.new_zeros(call.heads, 3, call.width, dtype=torch.float32) if weight_grads else None
-    configs = {index: call.config(index) for index in call.classes()}
+    gluon = call.gluon(q, k, v, dout, dq, dk, dv)
+    configs = {index: call.config(index, gluon) for index in call.classes()}
     splits = max((rows_of_class(i) // (c.queries or c.backward).block_m for i, c in configs.items()), default=1)
     partials = lse
     if weight_grads:
@@ -220,6 +246,14 @@ def backward(
     row_pairs = None
     for index, config in configs.items():
         launch = config.backward
+        if launch.kernel == "hopper_tile":
+            from . import hopper_backward_tile
+
+            hopper_backward_tile.backward_tile(
+                call, index, dout, lse, dq, dk, dv, partials, splits, weight_grads, block=launch.block_m,
+                warps=launch.warps, registers=launch.registers,
+            )  # fmt: skip
+            continue
         base = dict(**call.shape, **call.work(index), **compile_options(launch))
         if launch.kernel != "stream":
             common = dict(
@@ -246,8 +280,8 @@ def backward(
             row_pairs = torch.empty(*lse.shape, 2, dtype=torch.float32, device=q.device)
         launch_kernel(
             kernel_backward.backward_prepare, call.grid(index, rows // PREPARE_ROWS),
-            **call.shape, **call.work(index), **inputs, **call.outputs(dq=dq), **call.weights(), **eps, **kinds, **score,
-            out_ptr=out, lse_ptr=lse, rows_ptr=row_pairs, fold_scale=call.fold_scale,
+            **call.shape, **call.work(index), **inputs, **call.outputs(dq=dq), **call.weights(), **eps, **kinds,
+            **score, out_ptr=out, lse_ptr=lse, rows_ptr=row_pairs, fold_scale=call.fold_scale,
             CENTRE=norms.k_kind == NORM_CODES["layer_norm"] and not normalize_keys, ROWS=rows, BLOCK=PREPARE_ROWS,
             num_warps=4,
         )  # fmt: skip
