@@ -42,7 +42,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     timm's loader (patches, patch_coord, patch_valid), the same as arguments, or a batch of images. The outputs are the
     same, and so are all gradients; what padding holds differs: `forward_features` gives zeros there. A random choice is
     made as timm makes it, so that a seed drops the same patches and paths; only element-wise dropout differs.
-    `forward_intermediates` stays timm's own, padded.
+    `forward_intermediates` stays timm's own, padded. Blocks are not called as modules: hooks on them do not fire, and
+    what compiles or shards them one by one must take the whole model instead.
 
     The lengths in patch_valid are waited for, once per forward; nothing else is (timm's own waits for the grid of every
     image). Leave patch_valid on the CPU, the rest on the GPU, and there is no wait at all, unless patches are dropped.
