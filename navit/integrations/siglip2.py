@@ -207,17 +207,14 @@ def _build(config: NaViTConfig, theirs: Mapping[str, Tensor]) -> Siglip2:
     modules = {"embed.proj": embed, "norm": linear("post_layernorm")}
     for index in range(config.depth):
         layer, block = f"encoder.layers.{index}", f"blocks.{index}"
-        modules[f"{block}.norm1"], modules[f"{block}.norm2"] = (
-            linear(f"{layer}.layer_norm1"),
-            linear(f"{layer}.layer_norm2"),
-        )
+        modules[f"{block}.norm1"] = linear(f"{layer}.layer_norm1")
+        modules[f"{block}.norm2"] = linear(f"{layer}.layer_norm2")
         modules[f"{block}.qkv"] = joined(f"{layer}.self_attn")
         modules[f"{block}.proj"] = linear(f"{layer}.self_attn.out_proj")
         modules |= {f"{block}.{name}": part for name, part in mlp(layer).items()}
     weight, bias = take("head.attention.in_proj_weight"), take("head.attention.in_proj_bias")
-    query_E = (weight[: config.width].double() @ take("head.probe").flatten().double() + bias[: config.width]).to(
-        weight
-    )
+    probe_E = take("head.probe").flatten()
+    query_E = (weight[: config.width].double() @ probe_E.double() + bias[: config.width]).to(weight.dtype)
     modules["pool.kv"] = {"weight": weight[config.width :].clone(), "bias": bias[config.width :].clone()}
     modules["pool.proj"], modules["pool.norm"] = linear("head.attention.out_proj"), linear("head.layernorm")
     modules |= {f"pool.{name}": part for name, part in mlp("head").items()}
