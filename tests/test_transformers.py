@@ -1,6 +1,8 @@
 """flash_navit in the vision towers of transformers: what eager computes, in packs, or a refusal that says why."""
 
 import copy
+import importlib
+import json
 import re
 import runpy
 from collections.abc import Callable
@@ -29,7 +31,7 @@ from transformers.models.siglip2 import (  # noqa: E402
 )
 
 NAME = integration.NAME
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
 SMALL = {"depth": 3, "hidden_size": 48, "num_heads": 3, "intermediate_size": 80, "out_hidden_size": 16}
 SMALL_SIGLIP = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 3}
 GRIDS = ((1, 10, 12), (2, 2, 6), (1, 8, 8))  # frames, rows, columns; windows are 8 x 8
@@ -438,7 +440,19 @@ def test_a_package_that_has_moved_on_is_an_error_with_the_extra(monkeypatch: pyt
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(EXAMPLES / "transformers_qwen_vision.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / "examples" / "transformers_qwen_vision.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert float(re.findall(r"(\S+) from before", printed)[0]) < 1e-5
     assert "refused: flash_navit" in printed
+
+
+def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench, cases = (importlib.import_module(f) for f in ("bench_integrations", "integration_cases_transformers"))
+    path = tmp_path / "results.json"
+    bench.main(["--smoke", "--images", "pt", "--cases", ",".join(cases.CASES), "--out", str(path)])
+    rows = json.loads(path.read_text())["rows"]
+    assert {(row["case"], row["contender"]) for row in rows} == {
+        *((f"siglip2 {size}", side) for size in ("so400m", "base") for side in ("before", "flash_navit", "packed")),
+        *((f"qwen2.5-vl {part}", side) for part in ("tower", "attention") for side in ("before", "flash_navit")),
+    }
