@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from navit import PackedImages
-from navit.integrations.vit_pytorch import PackedNaViT, accelerate, load
+from navit.integrations.vit_pytorch import accelerate, load
 from navit_kernels.testing import assert_error_within, relative_errors
 
 ROOT = Path(__file__).parent.parent
@@ -394,30 +394,30 @@ GPU = dict(image_size=512, patch_size=16, dim=256, depth=3, heads=4, mlp_dim=512
 GPU_SIZES = [(16 * rows, 16 * columns) for rows, columns in [(9, 7), (1, 1), (16, 16), (3, 30), (32, 20), (1, 17)]]
 
 
-def on_gpu(run: Any, model: nn.Module, images: list[Tensor], autocast: bool) -> list[Tensor]:
-    """Output, and all gradients as one vector."""
-    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        out = run(images)
-    return [out, torch.cat([gradient.flatten() for gradient in gradients(model, out).values()])]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_exact_as_theirs_in_16_bits_on_a_gpu(theirs, kind, autocast):
     model = make(theirs, kind, **GPU)
+    for name, parameter in model.named_parameters():
+        if name.endswith("q_norm.gamma"):  # scores up to 64, as they come, turn any rounding into another result
+            parameter.data /= 8
     images = make_images(GPU_SIZES)
     if not autocast:
         model.bfloat16()
         images = [image.bfloat16() for image in images]
-    reference: PackedNaViT = load(model.state_dict()).double()
+    reference = load({name: tensor.double() for name, tensor in model.state_dict().items()})
     exact = reference([image.double() for image in images])
-    expected = [exact, torch.cat([gradient.flatten() for gradient in gradients(reference, exact).values()])]
     model.cuda()
     images = [image.cuda() for image in images]
-    before, after = (on_gpu(run, model, images, autocast) for run in (model, accelerate(model)))
-    for name, actual, at_dtype, exactly in zip(("output", "gradients"), after, before, expected, strict=True):
-        assert_error_within(actual, exactly, at_dtype, name)
+    results = []
+    for run in (model, accelerate(model)):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            out = run(images)
+        results.append({"output": out, **gradients(model, out)})
+    at_dtype, actual = results
+    for name, exactly in {"output": exact, **gradients(reference, exact)}.items():
+        assert_error_within(actual[name], exactly, at_dtype[name], name)
 
 
 @pytest.mark.gpu
