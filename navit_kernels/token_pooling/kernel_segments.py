@@ -160,10 +160,14 @@ def slot_count(tokens: int, segments: int, chunk: int) -> int:
     return tokens // chunk + segments
 
 
-def choose_config(width: int) -> dict[str, int]:
-    """Launch choice by model width (untuned)."""
-    block = min(max(triton.next_power_of_2(width), 16), 256)
-    return {"BLOCK_E": block, "BLOCK_T": 4096 // block, "num_warps": 4}
+def choose_config(width: int, backward: bool = False) -> dict[str, int]:
+    """Launch choice by model width.
+
+    H100, bfloat16, 65,536 × 768, µs on pt and hr: mean forward 48 and 46, maximum 69 and 59 (tiles of 16 × 256: 55 and
+    49, 86 and 82); backward 38 and 34, 46 and 36, within 8% of the fastest of 6.
+    """
+    block = min(max(triton.next_power_of_2(width), 16), 256 if backward else 128)
+    return {"BLOCK_E": block, "BLOCK_T": (4096 if backward else 1024) // block, "num_warps": 4}
 
 
 def pool_tokens(x_TE: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor]:
@@ -195,7 +199,7 @@ def pool_tokens_backward(dout_SE: Tensor, index_SE: Tensor, cu_seqlens: Tensor, 
     segments, width = dout_SE.shape
     dx_TE = dout_SE.new_empty(tokens, width)
     if tokens:
-        config = choose_config(width)
+        config = choose_config(width, backward=True)
         backward_kernel[(triton.cdiv(tokens, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_E"]),)](
             dout_SE.contiguous(), index_SE, cu_seqlens, dx_TE, tokens, segments, E=width, MODE=mode, **config
         )
