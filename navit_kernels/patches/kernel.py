@@ -106,7 +106,7 @@ def forward_kernel(
         pixel = tl.load(pixels_ptr + offs, mask=mask, other=0).to(tl.float32)  # [ROWS, BLOCK_P]
         scale = _per_channel(channel, scale_0, scale_1, scale_2, scale_3)
         centre = _per_channel(channel, centre_0, centre_1, centre_2, centre_3)
-        values = values + (tl.where(mask, (pixel - centre[None, :]) * scale[None, :], 0.0),)
+        values += (tl.where(mask, (pixel - centre[None, :]) * scale[None, :], 0.0),)
 
     if weight_ptr is not None:
         mean = tl.zeros([ROWS], tl.float32)
