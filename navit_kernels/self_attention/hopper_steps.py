@@ -1,0 +1,53 @@
+"""Steps of the Hopper kernels, in Gluon: tiles in shared memory, their barriers, and rows of q.
+
+A tile of rows has one or two column parts, so that a head width of 72 takes 64 + 16 columns and not 128: the first part
+has PART columns, the second D2 (0 where there is none). Columns past D are zeros and never written.
+
+Rows past a segment's end are no one's business: a ragged descriptor (`ragged`) zero-fills what is loaded there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .steps import L2, LAYER_NORM, NONE
+
+PART = gl.constexpr(64)  # columns of the first part: 128 bytes, the widest that a swizzled tile of shared memory has
+ROWS_END = gl.constexpr(1 << 30)  # a ragged descriptor's rows end here
+
+load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the latter until Triton 3.6
+
+
+def parts(width: int) -> tuple[int, int]:
+    """Columns of the two parts of a tile; the second's are a power of two, at least 16, or 0."""
+    rest = width - PART.value
+    return PART.value, 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
+
+
+def shared_layout(columns: int, rank: int, bits: int = 16) -> Any:
+    return gl.NVMMASharedLayout(swizzle_byte_width=columns * bits // 8, element_bitwidth=bits, rank=rank)
+
+
+def ragged(x_THD: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Loads (rows, columns) of a head; see `segment_rows` for the coordinates.
+
+    Its axes (wrap, end, head, row, column) reach the rows start + row of any segment while the row axis ends where the
+    segment does: row ROWS_END − length + i after `end` tokens, wrapped back by 2^30·2^34 elements, which is 0 modulo
+    2^64 bytes.
+    """
+    stride, head = x_THD.stride(0), x_THD.stride(1)
+    shape = [0x7FFF0000, 0x7FFF0000, x_THD.shape[1], ROWS_END.value, x_THD.shape[2]]
+    strides = [2**34 - stride, stride, head, stride, 1]
+    return TensorDescriptor(x_THD, shape, strides, [1, 1, 1, rows, columns], shared_layout(columns, 5))
+
+
+@gluon.jit
+def segment_rows(start, length, row, h, column: gl.constexpr):
+    """Coordinates of the rows from `row` of a segment's head."""
+    return [ROWS_END, start + length, h, ROWS_END - length + row, column]
