@@ -323,6 +323,20 @@ def hopper_backward_tile(
     q_mem, k_mem = matrix(tiles, at_q, BLOCK, D2), matrix(tiles, at_k, BLOCK, D2)
     v_mem, do_mem = matrix(tiles, at_v, BLOCK, D2), matrix(tiles, at_do, BLOCK, D2)
 
+    if GAIN:
+        k_weight = load_vector(k_weight_ptr + h * k_weight_stride, K_WEIGHT, 1.0, layouts, D, D2)
+        gain = multiply(load_vector(q_weight_ptr + h * q_weight_stride, Q_WEIGHT, 1.0, layouts, D, D2), k_weight)
+    if Q_BIAS:
+        shift = load_vector(q_bias_ptr + h * q_bias_stride, Q_BIAS, 0.0, layouts, D, D2)
+        if GAIN:
+            shift = multiply(shift, k_weight)
+    if USE_LSE:
+        lse = ()
+        for i in gl.static_range(STEPS):
+            rows = i * ROWS + gl.arange(0, ROWS, row_s)
+            pointers = lse_ptr + h.to(gl.int64) * tokens + q_start + rows
+            lse = lse + (gl.load(pointers, mask=rows < q_length, other=float("inf")),)
+
     # ---- u and k̂ in place
     mbarrier.wait(qk_full, 0)
     if K_NORM != NONE:
@@ -341,13 +355,10 @@ def hopper_backward_tile(
         if FOLD:
             u = scale_all(read(q_mem, layouts), fold_scale)
     if FOLD:
-        k_weight = load_vector(k_weight_ptr + h * k_weight_stride, K_WEIGHT, 1.0, layouts, D, D2)
         if GAIN:
-            gain = multiply(load_vector(q_weight_ptr + h * q_weight_stride, Q_WEIGHT, 1.0, layouts, D, D2), k_weight)
             u = scale_columns(u, gain)
         if Q_BIAS:
-            bias = load_vector(q_bias_ptr + h * q_bias_stride, Q_BIAS, 0.0, layouts, D, D2)
-            u = add_columns(u, scale_all(multiply(bias, k_weight), fold_scale))
+            u = add_columns(u, scale_all(shift, fold_scale))
         write(q_mem, u)
     fence_async_shared()
 
@@ -362,9 +373,7 @@ def hopper_backward_tile(
         if not FOLD:
             s_i = s_i * score_scale
         if USE_LSE:
-            rows = i * ROWS + gl.arange(0, ROWS, row_s)
-            lse = gl.load(lse_ptr + h.to(gl.int64) * tokens + q_start + rows, mask=rows < q_length, other=0.0)
-            p = gl.exp2(s_i - lse[:, None])
+            p = gl.exp2(s_i - lse[i][:, None])
             if k_length < BLOCK:
                 p = gl.where((gl.arange(0, BLOCK, col_s) < k_length)[None, :], p, 0.0)
         else:
@@ -409,6 +418,10 @@ def hopper_backward_tile(
     write(v_mem, dv)
     store_rows(dv_out, tiles, at_v, k_start, k_length, h)
 
+    if GAIN:  # loaded again: keeping it would cost registers
+        k_weight = load_vector(k_weight_ptr + h * k_weight_stride, K_WEIGHT, 1.0, layouts, D, D2)
+        gain = multiply(load_vector(q_weight_ptr + h * q_weight_stride, Q_WEIGHT, 1.0, layouts, D, D2), k_weight)
+
     # ---- dk leaves by u's tile
     a = wait_for(a, PARTS)
     k_hat = read(k_mem, layouts)
@@ -418,9 +431,7 @@ def hopper_backward_tile(
     # ---- dq leaves by k̂'s tile
     du = wait_for(du, 0)
     dq_hat = du
-    if GAIN:  # loaded again: keeping it would cost registers
-        k_weight = load_vector(k_weight_ptr + h * k_weight_stride, K_WEIGHT, 1.0, layouts, D, D2)
-        gain = multiply(load_vector(q_weight_ptr + h * q_weight_stride, Q_WEIGHT, 1.0, layouts, D, D2), k_weight)
+    if GAIN:
         dq_hat = scale_columns(du, gain)
     if NEEDS_Q:
         mbarrier.wait(q_full, 0)
