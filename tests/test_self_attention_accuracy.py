@@ -101,3 +101,12 @@ def gpu_cases() -> Iterator[Case]:
 @pytest.mark.parametrize("case", list(gpu_cases()), ids=str)
 def test_gpu_matches_reference(case: Case) -> None:
     assert_matches_reference(case, "cuda", draws=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 72, 128])
+def test_gpu_portable_kernels_match_reference_without_gluon(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    from navit_kernels.self_attention import launch
+
+    monkeypatch.setattr(launch, "gluon_is_supported", lambda: False)
+    assert_matches_reference(Case(AWKWARD, 2, width, planned=width == 64), "cuda", draws=8)

@@ -73,6 +73,13 @@ def test_gpu_empty_and_tiny_packs(lengths: tuple[int, ...]) -> None:
         assert_packed_is_unpacked(case, "cuda")
 
 
+def test_gpu_a_plan_of_another_pack_is_refused() -> None:
+    q_THD = torch.randn(12, 2, 64, device="cuda", dtype=BF16)
+    plan = plan_pack([5, 6], "cuda")
+    with pytest.raises(ValueError, match="plan must be of 12 tokens of q and 12 of k, got of 11 and 11"):
+        varlen_attention(q_THD, q_THD, q_THD, cu_seqlens_of([5, 7]).cuda(), plan=plan)
+
+
 # Bits
 
 
