@@ -251,7 +251,7 @@ def backward(
 
             hopper_backward_tile.backward_tile(
                 call, index, dout, lse, dq, dk, dv, partials, splits, weight_grads, block=launch.block_m,
-                warps=launch.warps, registers=launch.registers, use_lse=False, early=False,
+                warps=launch.warps, registers=launch.registers, early=False,
             )  # fmt: skip
             continue
         base = dict(**call.shape, **call.work(index), **compile_options(launch))
