@@ -167,6 +167,9 @@ def train(
     preset: Annotated[str, typer.Option(help="Ti, S, B, L or So400m, a slash, and the patch size in pixels.")] = "S/16",
     steps: Annotated[int, typer.Option(min=1, help="Packs to train on.")] = 10_000,
     token_budget: Annotated[int, typer.Option(min=1, help="Tokens per pack.")] = 16_384,
+    image_budget: Annotated[
+        int | None, typer.Option(min=1, help="Images per pack at most: pads packs, and a GPU replays CUDA graphs.")
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="After the warm-up.")] = 8e-4,
     schedule: Annotated[Schedule, typer.Option(help="Of the learning rate after the warm-up.")] = Schedule.rsqrt,
     warmup: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.")] = 500,
@@ -203,7 +206,7 @@ def train(
         state = folder.load_state()
         images = read_split(settings.data, settings.classes)
         stream = BatchStream(images[0], settings, model.config, workers)
-        trainer = Trainer(model, settings.train, compiled)
+        trainer = Trainer(model, settings.train, compiled, settings.image_budget, max(settings.token_drop))
         stream.position = state["position"]
         trainer.load_state(state)
         if trainer.step >= settings.train.steps:
@@ -233,6 +236,7 @@ def train(
                     save_every=save_every,
                 ),
                 token_budget=token_budget,
+                image_budget=image_budget,
                 resize=Resize(sampling.value, low, high, max_tokens),
                 view=Resize(max_tokens=max_tokens),
                 token_drop=_token_drop(token_drop),
@@ -242,7 +246,7 @@ def train(
             raise UserError(str(error)) from None
         folder, model = begin(run, settings, images, config, device, overwrite)
         stream = BatchStream(images[0], settings, config, workers)
-        trainer = Trainer(model, settings.train, compiled)
+        trainer = Trainer(model, settings.train, compiled, settings.image_budget, max(settings.token_drop))
     try:
         fit(folder, trainer, stream, images[1], settings, out)
     except KeyboardInterrupt:

@@ -79,6 +79,8 @@ class NaViT(nn.Module):
         x_TE, prefix_SRE = self._encode(x_TE, packed)
         pooled_SE = self._pooled(x_TE, prefix_SRE, packed)
         rows = self.head(pooled_SE)
+        if packed.segments > len(packed):
+            rows = rows[: len(packed)]  # padding's go
         return (rows, split_images(x_TE, packed)) if dense else rows
 
     def _forward_list(self, images: Sequence[Any], dense: bool) -> Tensor | tuple[Tensor, list[Tensor]]:
@@ -124,7 +126,7 @@ class NaViT(nn.Module):
 
     def _encode(self, x_TE: Tensor, packed: PackedImages) -> tuple[Tensor, Tensor | None]:
         """The blocks and the last norm: patches' tokens (T, E), and prefix tokens (S, R, E) or None."""
-        config, images = self.config, packed.order.shape[0]
+        config, images = self.config, packed.segments
         cu_seqlens, tokens = packed.cu_seqlens, x_TE.shape[0]
         if self.prefix_RE is not None:  # an image's tokens: its prefix, then its patches
             count = config.prefix_tokens
@@ -333,9 +335,10 @@ class AttentionPool(nn.Module):
 
 def split_images(x_TE: Tensor, packed: PackedImages) -> list[Tensor]:
     """One (rows, columns, E) tensor per image."""
-    lengths, grids = packed.cu_seqlens.diff().tolist(), packed.grids.tolist()
+    lengths, grids = (part[: len(packed)].tolist() for part in (packed.cu_seqlens.diff(), packed.grids))
     for place, length, (rows, columns) in zip(packed.order.tolist(), lengths, grids, strict=True):
         if length != rows * columns:
             wanted = f"whole for dense features, {rows} × {columns} patches"
             fail(f"images[{place}]", wanted, f"{length}: tokens were dropped")
-    return [part.unflatten(0, grid) for part, grid in zip(x_TE.split(lengths), grids, strict=True)]
+    parts = x_TE[: sum(lengths)].split(lengths)
+    return [part.unflatten(0, grid) for part, grid in zip(parts, grids, strict=True)]

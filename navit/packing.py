@@ -31,10 +31,11 @@ class PackedImages:
 
     pixels: all images in one flat buffer, or None where `patches` is given.
     patches: (T, P) patch values that were cut and normalized before, or None.
-    cu_seqlens: int32 (S + 1,); image s owns the patches cu_seqlens[s] : cu_seqlens[s + 1].
+    cu_seqlens: int32 (S + 1,); segment s owns the patches cu_seqlens[s] : cu_seqlens[s + 1].
     coords: int32 (T, 2), row and column of each patch in its image; row-major inside an image.
     grids: int32 (S, 2), rows and columns of the whole image, dropped patches counted.
-    order: int64 (S,), ascending: the place of each image in the list that the caller packed.
+    order: int64, ascending: the place of each image in the list that the caller packed. Every segment is an image; only
+        `navit.graphs.pad_pack` adds segments behind them.
     patch_size: pixels per side of a patch.
     plan: work lists for attention over the patches and `prefix_tokens` more per image, or None.
     prefix_tokens: how many tokens the model puts before each image's patches (cls and registers).
@@ -68,9 +69,15 @@ class PackedImages:
         return self.order.shape[0]
 
     @property
+    def segments(self) -> int:
+        """Images, and segments of padding."""
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
     def tokens(self) -> int:
-        """Tokens in the pack, prefix tokens included."""
-        return self.coords.shape[0] + self.prefix_tokens * len(self)
+        """Tokens of the images, prefix tokens included. Where there is padding, this waits for a GPU."""
+        padding = self.segments > len(self)
+        return (int(self.cu_seqlens[len(self)]) if padding else self.coords.shape[0]) + self.prefix_tokens * len(self)
 
     @property
     def fill(self) -> float:

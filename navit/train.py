@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from .config import NaViTConfig
 from .data import DataError, ImageSet, SkipReport, batches
+from .graphs import Captured, pad_pack
 from .images import Augment, Resize
 from .model import NaViT
 from .packing import PackedImages, scheduled_rate
 
 Batch = tuple[PackedImages, Tensor]  # a pack and the labels of its images
 REPORT_EVERY = 10  # steps between looks at a GPU's losses
+NO_IMAGE = -100  # the label of a segment of padding
 SCHEDULES, LOSSES = ("rsqrt", "cosine", "constant"), ("softmax", "sigmoid")
 
 
@@ -55,6 +57,7 @@ class Settings:
     classes: tuple[str, ...]
     train: TrainConfig
     token_budget: int = 4096  # tokens per pack
+    image_budget: int | None = None  # images per pack at most; given, packs are padded and a GPU replays CUDA graphs
     resize: Resize = field(default_factory=lambda: Resize("uniform"))  # of training images
     view: Resize = field(default_factory=Resize)  # of all other images
     augment: Augment = field(default_factory=Augment)
@@ -84,6 +87,7 @@ class BatchStream:
         return batches(
             self.images,
             token_budget=settings.token_budget,
+            image_budget=settings.image_budget,
             **self.config.pack_options,
             resize=settings.resize,
             augment=settings.augment,
@@ -141,11 +145,16 @@ def make_optimizer(model: NaViT, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def classification_loss(logits_SK: Tensor, labels_S: Tensor, config: TrainConfig) -> Tensor:
-    """Mean over images of the softmax cross-entropy, or of the sigmoid cross-entropy summed over classes."""
+    """Mean over images of the softmax cross-entropy, or of the sigmoid cross-entropy summed over classes.
+
+    Rows whose label is NO_IMAGE do not count.
+    """
     if config.loss == "softmax":
-        return F.cross_entropy(logits_SK, labels_S, label_smoothing=config.label_smoothing)
-    targets_SK = F.one_hot(labels_S, logits_SK.shape[1]).to(logits_SK.dtype)
-    return F.binary_cross_entropy_with_logits(logits_SK, targets_SK, reduction="sum") / len(labels_S)
+        return F.cross_entropy(logits_SK, labels_S, ignore_index=NO_IMAGE, label_smoothing=config.label_smoothing)
+    image_S1 = (labels_S != NO_IMAGE)[:, None]
+    targets_SK = F.one_hot(labels_S.clamp(min=0), logits_SK.shape[1]).to(logits_SK.dtype)
+    weights_SK = image_S1.to(logits_SK.dtype).expand_as(logits_SK)
+    return F.binary_cross_entropy_with_logits(logits_SK, targets_SK, weights_SK, reduction="sum") / image_S1.sum()
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -156,8 +165,20 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
 class Trainer:
     """A model in training: `run` goes through batches; `state` and `load_state` stop and go on, bitwise."""
 
-    def __init__(self, model: NaViT, config: TrainConfig, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: NaViT,
+        config: TrainConfig,
+        compiled: bool = False,
+        image_budget: int | None = None,
+        token_drop: float = 0.0,
+    ) -> None:
+        """image_budget: pad packs to it and their token budget, by `pad_pack`, which takes token_drop too. Then a GPU
+        replays forward and backward as a CUDA graph.
+        """
         self.model, self.config, self.step = model, config, 0
+        self.image_budget, self.token_drop = image_budget, token_drop
+        self.captured: Captured | None = None
         self.forward = torch.compile(model, fullgraph=True) if compiled else model
         self.optimizer = make_optimizer(model, config)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: rate_factor(step, config))
@@ -174,22 +195,15 @@ class Trainer:
         self.model.train()
         before = time.perf_counter()
         for packed, labels_S in batches:
-            if device.type == "cuda":
-                packed, labels_S = packed.pin_memory(), labels_S.pin_memory()
-            packed, labels_S = packed.to(device, non_blocking=True), labels_S.to(device, non_blocking=True)
+            known = {"images": len(packed), "tokens": packed.tokens, "fill": packed.fill}
             rate = self.scheduler.get_last_lr()[0]
-            with autocast(device):
-                logits_SK = self.forward(packed).float()
-            loss = classification_loss(logits_SK, labels_S, self.config)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss, right = self._passes(packed, labels_S, device)
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
             self.optimizer.step()
             self.scheduler.step()
             self.step += 1
-            accuracy = (logits_SK.argmax(1) == labels_S).float().mean()
-            known = {"step": self.step, "learning_rate": float(rate), "images": len(packed), "tokens": packed.tokens}
-            pending.append((known | {"fill": packed.fill}, torch.stack([loss.detach(), accuracy, norm])))
+            known = {"step": self.step, "learning_rate": float(rate), **known}
+            pending.append((known, torch.stack([loss, right / known["images"], norm])))
             arrived = []
             if any(self.due(every) for every in (report_every, self.config.evaluate_every, self.config.save_every)):
                 values = torch.stack([value for _, value in pending]).tolist()
@@ -204,6 +218,29 @@ class Trainer:
             if arrived:
                 before = time.perf_counter()
                 self.model.train()
+
+    def _passes(self, packed: PackedImages, labels_S: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one batch: the loss, and how many images are classified right."""
+        if self.image_budget is not None:
+            packed = pad_pack(packed, self.image_budget, self.token_drop)
+            labels_S = F.pad(labels_S, (0, packed.segments - len(packed)), value=NO_IMAGE)
+        if device.type == "cuda":
+            packed, labels_S = packed.pin_memory(), labels_S.pin_memory()
+        packed, labels_S = packed.to(device, non_blocking=True), labels_S.to(device, non_blocking=True)
+        if self.image_budget is None or device.type != "cuda":
+            return self._forward_backward(packed, labels_S)
+        if self.captured is None:
+            self.captured = Captured(self._forward_backward, packed, labels_S)
+        return self.captured(packed, labels_S)
+
+    def _forward_backward(self, packed: PackedImages, labels_S: Tensor) -> tuple[Tensor, Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)  # a captured step has its gradients where they were when recorded
+        with autocast(labels_S.device):
+            logits_SK = self.forward(packed).float()
+        labels_S = labels_S[: len(logits_SK)]
+        loss = classification_loss(logits_SK, labels_S, self.config)
+        loss.backward()
+        return loss.detach(), (logits_SK.argmax(1) == labels_S).sum()
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps (0: only at the end) is due now."""
