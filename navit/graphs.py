@@ -68,6 +68,7 @@ def pad_pack(packed: PackedImages, image_budget: int, token_drop: float = 0.0) -
         coords=pad(packed.coords, (0, 0, 0, budget - count)),
         grids=pad(packed.grids, (0, 0, 0, extra), value=1),
         plan=plan_pack([length + packed.prefix_tokens for length in lengths]),
+        padded=True,
     )
 
 
@@ -119,6 +120,7 @@ def _fixed(inputs: Any) -> Any:
         if not isinstance(part, PackedImages):
             return part
         order = pad(part.order, (0, part.segments - len(part)), value=-1)
-        return replace(part, order=order, plan=None if part.plan is None else part.plan.without_host_offsets())
+        plan = None if part.plan is None else part.plan.without_host_offsets()
+        return replace(part, order=order, plan=plan, padded=False)
 
     return tree_map(fixed, inputs, is_leaf=lambda part: isinstance(part, PackedImages))

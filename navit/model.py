@@ -79,8 +79,8 @@ class NaViT(nn.Module):
         x_TE, prefix_SRE = self._encode(x_TE, packed)
         pooled_SE = self._pooled(x_TE, prefix_SRE, packed)
         rows = self.head(pooled_SE)
-        if packed.segments > len(packed):
-            rows = rows[: len(packed)]  # padding's go
+        if packed.padded:
+            rows = rows[: len(packed)]
         return (rows, split_images(x_TE, packed)) if dense else rows
 
     def _forward_list(self, images: Sequence[Any], dense: bool) -> Tensor | tuple[Tensor, list[Tensor]]:

@@ -40,6 +40,7 @@ class PackedImages:
     plan: work lists for attention over the patches and `prefix_tokens` more per image, or None.
     prefix_tokens: how many tokens the model puts before each image's patches (cls and registers).
     token_budget: what the pack may hold, prefix tokens included, or None when it was not limited.
+    padded: whether segments of padding stand behind the images.
 
     Example: two images of 2 × 3 and 1 × 2 patches, places 0 and 2 of the caller's list, the first without patch (0, 0):
 
@@ -63,6 +64,7 @@ class PackedImages:
     plan: PackPlan | None = None
     prefix_tokens: int = 0
     token_budget: int | None = None
+    padded: bool = False
 
     def __len__(self) -> int:
         """Images in the pack."""
@@ -76,8 +78,8 @@ class PackedImages:
     @property
     def tokens(self) -> int:
         """Tokens of the images, prefix tokens included. Where there is padding, this waits for a GPU."""
-        padding = self.segments > len(self)
-        return (int(self.cu_seqlens[len(self)]) if padding else self.coords.shape[0]) + self.prefix_tokens * len(self)
+        patches = int(self.cu_seqlens[len(self)]) if self.padded else self.coords.shape[0]
+        return patches + self.prefix_tokens * len(self)
 
     @property
     def fill(self) -> float:
