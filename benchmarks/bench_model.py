@@ -6,7 +6,9 @@ mfu: (6 · linear parameters that see every token · T + 12 · depth · E · ΣL
     third of that work for a forward; recomputation and the update are not counted, padding is not work.
 peak_gib: the most memory allocated during a step: weights, gradients, inputs and all.
 time_by_kind: ms of one step's kernels: gemm, attention, norm+elementwise, other; idle: the rest of the step.
-Of several ways to compile a model, the fastest is reported, and named in "compiled".
+Of several ways to compile a model, the fastest is reported, and named in "compiled"; "graph" is a model that is not
+compiled but replayed as one CUDA graph, whose attention reads its work from the device, as it must for other lengths.
+navit_mlp and navit_block are ours with checkpointing="mlp" and "block".
 
 T tokens, L tokens of an image, E model width.
 """
@@ -41,6 +43,7 @@ from harness import (
 from torch import Tensor, nn
 
 from navit import NaViT, NaViTConfig, PackedImages, pack
+from navit.graphs import Captured
 from navit_kernels.patches import KeptPatches, patchify
 from navit_kernels.testing import image_grids
 
@@ -48,6 +51,7 @@ CASES = {"B/16 pt": 65536, "L/16 ft": 32768, "So400m/14 ft": 32768}  # tokens at
 SMOKE_CASE, SMOKE_CONFIG = "Ti/16 pt", {"width": 64, "depth": 2, "heads": 2, "mlp_width": 128}
 DIRECTIONS = ("train", "train+adamw", "forward")
 CONTENDERS = ("navit", "straw_fa3", "straw_torch_varlen", "vit_pytorch", "vit_pytorch_nested", "timm_naflexvit")
+CHECKPOINTED = ("navit_mlp", "navit_block")  # asked for by name
 COMPILED = {"vit_pytorch": ["no"], "vit_pytorch_nested": ["no"], "timm_naflexvit": ["blocks"]}  # others: --compiled
 PEAK_FLOPS = {
     "h100": 989e12,
@@ -113,8 +117,8 @@ def make_candidate(
     """Build a contender on the device, with a NaViT's weights where it can take them. Raises peers.PeerMissing."""
     device, packed = options.device, work.packed
     torch.manual_seed(0)
-    if name == "navit":
-        model = NaViT(work.config)
+    if name.startswith("navit"):
+        model = NaViT(replace(work.config, checkpointing=name.partition("_")[2] or "none"))
         run = functools.partial(model, packed)
     elif name.startswith("straw_"):
         model = model_baselines.straw(work.config, work.pack, name.removeprefix("straw_"), options.fa3_dir)
@@ -131,11 +135,11 @@ def make_candidate(
 
 
 def compile_candidate(candidate: Candidate, how: str) -> None:
-    """how: "no"; "blocks"; "whole"; or "whole-dynamic", in which token and image counts stay free."""
+    """how: "no" or "graph"; "blocks"; "whole"; or "whole-dynamic", in which token and image counts stay free."""
     if how == "blocks":
         for part in candidate.parts:
             part.compile()
-    elif how != "no":
+    elif how not in ("no", "graph"):
         candidate.model.compile(fullgraph=True, dynamic=how == "whole-dynamic")
 
 
@@ -225,13 +229,22 @@ def fresh_memory(device: str) -> Iterator[None]:
 
 def time_candidate(name: str, how: str, work: Workload, options: argparse.Namespace) -> list[Row]:
     """Rows of one contender compiled in one way, one per direction."""
+    if how == "graph" and work.packed.plan is not None:
+        plan = work.packed.plan.without_host_offsets()
+        work = work._replace(packed=replace(work.packed, plan=plan))
     candidate = make_candidate(name, work, None, options)
     compile_candidate(candidate, how)
     peak = PEAK_FLOPS.get(gpu_slug(torch.cuda.get_device_name())) if options.device == "cuda" else None
     rows = []
     for direction in options.directions:
+        if direction == "forward" and name in CHECKPOINTED:
+            continue  # nothing is kept
+        if (direction, how) == ("train+adamw", "graph"):
+            continue  # an optimizer's step is not recorded
         step = make_step(candidate, direction, work, options.device)
         began = time.monotonic()
+        if how == "graph" and options.device == "cuda":
+            step = Captured(step)
         for _ in range(3):
             step()
         synchronize()
@@ -300,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--cases", **listed, help=f"of {', '.join(CASES)}; all by default")
     options.add_argument("--contenders", **listed, default=list(CONTENDERS))
     options.add_argument("--directions", **listed, default=list(DIRECTIONS))
-    options.add_argument("--compiled", **listed, default=["whole", "blocks"], help="also: whole-dynamic, no")
+    options.add_argument("--compiled", **listed, default=["whole", "blocks"], help="also: whole-dynamic, graph, no")
     options.add_argument("--profile", type=int, default=0, metavar="N", help="print each step's N slowest kernels")
     options.add_argument("--fa3-dir", help="folder of FlashAttention-3 (README.md)")
     options = parse_options(options, arguments)
