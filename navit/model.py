@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from navit_kernels import (
@@ -176,6 +177,20 @@ class NaViT(nn.Module):
         self.config = replace(self.config, table_length=table_length)
         self.embed = Embedding(self.config).to(weight)
         self.embed.load_state_dict(tables)
+
+    def export(self, example: PackedImages) -> torch.export.ExportedProgram:
+        """The evaluating model as a program of torch.export, for packs of any number of tokens and images.
+
+        The program's inputs are the tensors of a pack, its plan's included; its other fields must be the example's. It
+        calls the ops of navit_kernels, so that package must be imported where the program runs. The example and the
+        model are on a GPU, or both on "meta": the references that run on a CPU read sizes on the host.
+        """
+        sizes = torch.export.ShapesCollection()
+        for leaf in tree_leaves(example):
+            if isinstance(leaf, Tensor):
+                sizes[leaf] = {0: torch.export.Dim.DYNAMIC}
+        shapes = sizes.dynamic_shapes(self, (example,))
+        return torch.export.export(self.eval(), (example,), dynamic_shapes=shapes)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into a folder, made if need be."""

@@ -99,8 +99,9 @@ class PackedImages:
         return replace(self, **{name: change(part) for name, part in movable.items()})
 
 
-for structure in (PackedImages, PixelBuffer, PackPlan):  # what torch.export needs to take a pack apart
+for structure in (PackedImages, PixelBuffer, PackPlan):  # what torch.export needs to take a pack apart, and to load one
     torch.export.register_dataclass(structure, serialized_type_name=f"navit.{structure.__name__}")
+    torch.serialization.add_safe_globals([structure])
 
 
 def pack(
