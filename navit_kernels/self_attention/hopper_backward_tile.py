@@ -245,6 +245,13 @@ def scale_all(x, by):
 
 
 @gluon.jit
+def score_gradient(p_mem, dp):
+    """G of dP and of P in shared memory, in P's dtype."""
+    p = widen(p_mem.load(dp.type.layout))
+    return (p * (dp - gl.sum(p * dp, 1)[:, None])).to(p_mem.dtype)
+
+
+@gluon.jit
 def store_column_sums(ptr, x, factor, memory, WIDTH: gl.constexpr, num_warps: gl.constexpr):
     """factor · sums over the rows of x of its first WIDTH columns, by way of a sum per warp in `memory`."""
     ROWS: gl.constexpr = x.shape[0]
@@ -387,26 +394,28 @@ def hopper_backward_tile(
         dp = dp + (start_dot_rows(do_mem, v_mem, zero_s, i * ROWS, ROWS),)
     fence_async_shared()
 
-    # ---- G and dV
-    g = ()
-    for i in gl.static_range(STEPS):
-        if EARLY and i == STEPS - 1:
+    # ---- G and dV. Each G is a dep of the next wait, and a wait for what has long come stands before that: over neither
+    # can the compiler move it
+    dp_i = warpgroup_mma_wait((STEPS - 1) * PARTS, deps=[dp[0]])
+    g_0 = score_gradient(scores.slice(0, ROWS), dp_i)
+    if STEPS == 2:
+        mbarrier.wait(vo_full, 0)
+        dp_i, g_0 = warpgroup_mma_wait(0, deps=[dp[1], g_0])
+        if EARLY:
             dv = start_dot_values(scores.permute([1, 0]), do_mem, zero_d)
-        dp_i = warpgroup_mma_wait((STEPS - 1 - i + (EARLY and i == STEPS - 1)) * PARTS, deps=[dp[i]])
-        p = widen(scores.slice(i * ROWS, ROWS).load(mma_s))
-        g = g + ((p * (dp_i - gl.sum(p * dp_i, 1)[:, None])).to(DTYPE),)
-    if not EARLY:
-        dv = start_dot_values(scores.permute([1, 0]), do_mem, zero_d)
-    # G is a dep of the wait, and a wait for what has long come stands before it: over neither is dV's wait hoisted
-    mbarrier.wait(vo_full, 0)
-    if D2 == 0:
-        dv_1, g_last = warpgroup_mma_wait(0, deps=[dv[0], g[STEPS - 1]])
-        dv = (dv_1,)
+        g_1 = score_gradient(scores.slice(ROWS, ROWS), dp_i)
     else:
-        dv_1, dv_2, g_last = warpgroup_mma_wait(0, deps=[dv[0], dv[1], g[STEPS - 1]])
-        dv = (dv_1, dv_2)
-    for i in gl.static_range(STEPS):
-        scores.slice(i * ROWS, ROWS).store(g_last if i == STEPS - 1 else g[i])
+        g_1 = g_0
+    if STEPS == 1 or not EARLY:
+        mbarrier.wait(vo_full, 0)
+        g_0, g_1 = warpgroup_mma_wait(0, deps=[g_0, g_1])
+        dv = start_dot_values(scores.permute([1, 0]), do_mem, zero_d)
+    mbarrier.wait(vo_full, 0)
+    dv_1, dv_2, g_0, g_1 = warpgroup_mma_wait(0, deps=[dv[0], dv[PARTS - 1], g_0, g_1])
+    dv = column_parts(dv_1, dv_2, D2)
+    scores.slice(0, ROWS).store(g_0)
+    if STEPS == 2:
+        scores.slice(ROWS, ROWS).store(g_1)
     fence_async_shared()
 
     # ---- a = Gᵀu and du; meanwhile dv leaves by v's tile, and q comes again into dout's
