@@ -12,6 +12,7 @@ from compile_table import launch_on_meta, launches_of, matrix_instructions
 
 from navit_kernels.plan import CLASS_LIMITS, CLASSES
 from navit_kernels.self_attention.config import SUPPORTED_HEAD_DIMS, choose_config, rows_of_class, split_head_dim
+from navit_kernels.self_attention.launch import programs_per_item
 
 
 @pytest.mark.parametrize("arch", [0, 80, 89, 90, 100])
@@ -22,6 +23,7 @@ def test_every_launch_covers_its_class(arch: int, bits: int, gluon: bool) -> Non
         config, rows = choose_config(arch, width, index, bits, gluon), rows_of_class(index)
         assert config.forward.kernel in ("tile", "stream")
         assert (config.queries is not None) == (config.backward.kernel == "stream")
+        assert programs_per_item(index, config) * (config.queries or config.backward).block_m >= rows
         for launch in filter(None, (config.forward, config.backward, config.queries)):
             assert all(size >= 16 and size & (size - 1) == 0 for size in (launch.block_m, launch.block_n))
             if launch.kernel == "hopper_tile":

@@ -209,6 +209,11 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, r
 
 
+def programs_per_item(index: int, config: ClassConfig) -> int:
+    """Programs that own queries of one item and head: each writes a row of partials."""
+    return max(1, rows_of_class(index) // (config.queries or config.backward).block_m)
+
+
 def key_sizes(call: Launcher, index: int, r: Tensor) -> None:
     rows = rows_of_class(index)
     launch_kernel(
@@ -231,7 +236,7 @@ def backward(
         return q.new_zeros(call.heads, 3, call.width, dtype=torch.float32) if weight_grads else None
     gluon = call.gluon(q, k, v, dout, dq, dk, dv)
     configs = {index: call.config(index, gluon) for index in call.classes()}
-    splits = max((rows_of_class(i) // (c.queries or c.backward).block_m for i, c in configs.items()), default=1)
+    splits = max((programs_per_item(i, c) for i, c in configs.items()), default=1)
     partials = lse
     if weight_grads:
         # with splits, items of other classes leave gaps
@@ -252,6 +257,7 @@ def backward(
             hopper_backward_tile.backward_tile(
                 call, index, dout, lse, dq, dk, dv, partials, splits, weight_grads, block=launch.block_m,
                 warps=launch.warps, registers=launch.registers, early=False,
+                use_lse=config.forward.kernel == "tile",  # whose scores are these, to the bit; a stream's K is raw
             )  # fmt: skip
             continue
         base = dict(**call.shape, **call.work(index), **compile_options(launch))
