@@ -225,14 +225,16 @@ def contenders_of(case: Case, contenders: Contenders) -> Contenders:
     return {name: peer for name, peer in contenders.items() if name != HANDED_OVER or case.name in HANDED_OVER_CASES}
 
 
-def check_all(cases: list[Case], contenders: Contenders, options: argparse.Namespace) -> dict[Case, Contenders]:
-    """The gate: every contender on every case, with and without norms. Returns who takes part in which case.
+def check_all(
+    cases: list[Case], contenders: Contenders, options: argparse.Namespace
+) -> tuple[dict[Case, Contenders], dict[Case, list[Row]]]:
+    """The gate: every contender on every case, with and without norms. Returns who takes part in a case, and who not.
 
-    A peer that cannot run a case, or runs it wrongly, is left out of it, with a message; a fault of ours ends the run.
+    A peer that cannot run a case, or runs it wrongly, is left out of it, and why is kept; a fault of ours ends the run.
     """
-    taking_part = {}
+    taking_part, left_out = {}, {}
     for case in cases:
-        mine = contenders_of(case, contenders)
+        mine, left_out[case] = contenders_of(case, contenders), []
         for qk_norm in options.qk_norms:
             expected = Expected(case, qk_norm, options.device)
             ours = {}
@@ -244,11 +246,13 @@ def check_all(cases: list[Case], contenders: Contenders, options: argparse.Names
                 try:
                     expected.check(name, functools.partial(_prepare_peer, peer, qk_norm), exactly=False)
                 except Exception as error:
-                    print(f"{case.name} {case.heads} × {case.head_dim}: without {name}: {str(error).splitlines()[0]}")
+                    why = str(error).splitlines()[0]
+                    print(f"{case.name} {case.heads} × {case.head_dim}: without {name}: {why}")
+                    left_out[case].append({**case.shape, "contender": name, "why": why})
                     del mine[name]
             gate(ours)
         taking_part[case] = mine
-    return taking_part
+    return taking_part, left_out
 
 
 def _prepare_peer(peer: peers.Peer, qk_norm: str, pack: peers.Pack) -> Callable[[Inputs], Tensor]:
@@ -270,7 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if absent := [name for name in peers.REQUIRED if options.require_peers and name not in contenders]:
         raise SystemExit(f"required, but not here: {', '.join(absent)}")
     every_row: list[Row] = []
-    for case, mine in check_all(cases, contenders, options).items():
+    taking_part, left_out = check_all(cases, contenders, options)
+    for case, mine in taking_part.items():
         rows = time_case(case, mine, options)
         every_row += rows
         print_table(with_rates(rows, case))
@@ -280,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print_table(peaks)
             print_table(host)
             print_table(ratios(every_row))
-        write_results("self_attention", rows, options, peak_mib=peaks, host_us=host)
+        write_results("self_attention", rows, options, peak_mib=peaks, host_us=host, left_out=left_out[case])
         options.merge = True  # the next case joins the file of this one
 
 

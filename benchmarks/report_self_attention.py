@@ -32,15 +32,17 @@ def setting(row: Row) -> tuple:
     return tuple(row[key] for key in SETTING)
 
 
-def missing(rows: list[Row]) -> list[str]:
-    """Required contenders and directions that a setting lacks: a published H100 result has none."""
+def missing(results: Row) -> list[str]:
+    """Required contenders and directions that a setting lacks without a reason: a published H100 result has none."""
+    rows = results["rows"]
     held = {(setting(row), row["contender"], row["direction"]) for row in rows}
+    refused = {(*(row[key] for key in SETTING[:-1]), row["contender"]) for row in results.get("left_out", [])}
     return [
         f"{' '.join(map(str, key))}: no {contender} {direction}"
         for key in sorted({setting(row) for row in rows})
         for contender in (OURS, *REQUIRED)
         for direction in ("fwd", "bwd")
-        if (key, contender, direction) not in held
+        if (key, contender, direction) not in held and (*key[:-1], contender) not in refused
     ]
 
 
@@ -71,7 +73,7 @@ def show(results: Row) -> None:
     """Print all tables of a results file."""
     print(describe(results))
     print_table(results["rows"])
-    for section in ("peak_mib", "host_us"):
+    for section in ("peak_mib", "host_us", "left_out"):
         if results.get(section):
             print(f"\n{section}")
             print_table(results[section])

@@ -180,8 +180,11 @@ def test_ratios_compare_with_the_best_required_peer():
 def test_missing_names_each_required_peer_and_direction_that_lacks():
     names = ("navit_kernels", "fa3", "fa4", "torch_varlen")
     rows = [attention_row(contender=name, direction=way) for name in names for way in ("fwd", "bwd")]
-    assert report_self_attention.missing(rows) == []
-    assert report_self_attention.missing(rows[:-1]) == ["pt 16 64 bf16 layer_norm: no torch_varlen bwd"]
+    assert report_self_attention.missing({"rows": rows}) == []
+    lacking = {"rows": rows[:-1]}
+    assert report_self_attention.missing(lacking) == ["pt 16 64 bf16 layer_norm: no torch_varlen bwd"]
+    reason = {key: rows[-1][key] for key in ("case", "heads", "head_dim", "dtype", "contender")} | {"why": "wrong"}
+    assert report_self_attention.missing({**lacking, "left_out": [reason]}) == []
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -197,7 +200,7 @@ def test_committed_h100_attention_results_hold_every_required_peer():
     path = ROOT / "benchmarks" / "results" / "h100" / "self_attention.json"
     if not path.exists():
         pytest.skip("none committed yet")
-    assert report_self_attention.missing(json.loads(path.read_text())["rows"]) == []
+    assert report_self_attention.missing(json.loads(path.read_text())) == []
 
 
 # Whole models
