@@ -16,8 +16,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .steps import L2, LAYER_NORM, NONE
-
 PART = gl.constexpr(64)  # columns of the first part: 128 bytes, the widest that a swizzled tile of shared memory has
 ROWS_END = gl.constexpr(1 << 30)  # a ragged descriptor's rows end here
 
