@@ -62,7 +62,7 @@ KINDS = (  # the first pattern that a kernel's name has
     ("norm+elementwise", r"^triton_(?!tem)"),
     ("attention", r"flash|fmha|attention|attn|forward_(tile|stream)|backward_(tile|resident|prepare|keys|queries)"),
     ("attention", r"key_sizes|sum_partials|write_plan|plan_segments|gluon"),
-    ("gemm", r"gemm|nvjet|cutlass|cublas|triton_tem|wgmma|splitK|mma_"),
+    ("gemm", r"gemm|^up_kernel|^down_backward_kernel|nvjet|cutlass|cublas|triton_tem|wgmma|splitK|mma_"),
     ("norm+elementwise", r"elementwise|norm|^forward_kernel|^backward_kernel|gelu|reduce_kernel"),
 )
 
