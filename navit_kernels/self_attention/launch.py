@@ -256,7 +256,7 @@ def backward(
 
             hopper_backward_tile.backward_tile(
                 call, index, dout, lse, dq, dk, dv, partials, splits, weight_grads, block=launch.block_m,
-                warps=launch.warps, registers=launch.registers, early=False,
+                warps=launch.warps, registers=launch.registers,
                 use_lse=config.forward.kernel == "tile",  # whose scores are these, to the bit; a stream's K is raw
             )  # fmt: skip
             continue
