@@ -74,6 +74,14 @@ def test_kernels_match_reference_in_float32(case: Case) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("length", [20, 200, 300])
+def test_keys_alone_are_normed_and_far_from_zero(length: int) -> None:
+    with kernels_on_cpu():
+        case = Case((length,), 1, 16, BF16, None, "layer_norm", "absent", False, mean=3.0)
+        assert_matches_reference(case, "cpu")
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("width", [64, 72])
 def test_kernels_of_other_architectures_match_reference(width: int) -> None:
     with kernels_on_cpu(arch=0):

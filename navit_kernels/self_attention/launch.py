@@ -94,7 +94,9 @@ class Launcher:
         first, second = split_head_dim(self.width)
         self.arch = architecture(q.device)
         self.bits = q.element_size() * 8
-        self.fold = norms.q_kind != 0 or any(w is not None for w in (norms.q_weight, norms.q_bias, norms.k_weight))
+        weights = (norms.q_weight, norms.q_bias, norms.k_weight)
+        centred = norms.k_kind == NORM_CODES["layer_norm"]  # K's mean leaves the scores by way of u
+        self.fold = norms.q_kind != 0 or centred or any(weight is not None for weight in weights)
         self.shift = norms.q_bias is not None
         self.fold_scale = softmax_scale * math.log2(math.e)
         self.score_scale = 1.0 if self.fold else self.fold_scale
