@@ -15,9 +15,9 @@ softmax. Four tiles of rows hold everything, and each is used again as soon as i
     rows                         u, k̂               │ P          G         │ dv       dk│       dq
     matrix unit                         S = u·k̂ᵀ    dP = dO·vᵀ     dV = Pᵀ·dO   Gᵀ·u, G·k̂
 
-S and dP are computed in steps of 64 rows a warpgroup: dP of a step takes the registers of its S. Barriers:
-qk_full, vo_full and q_full, each of one arrival and one phase, say that TMA's rows are there. None says that a tile is free:
-all warps that read it also write or load it anew. Rows past the segment's end are loaded as zeros and not stored (see
+S and dP are computed in steps of 64 rows a warpgroup: dP of a step takes the registers of its S. Barriers: qk_full,
+vo_full and q_full, each of one arrival and one phase, say that TMA's rows are there. None says that a tile is free: all
+warps that read it also write or load it anew. Rows past the segment's end are loaded as zeros and not stored (see
 hopper_steps.py), so that neither neighbours nor what the tiles held before comes in.
 
 P comes from the forward's lse where the forward had the same scores, to the bit (use_lse), else from S alone. Δ is
