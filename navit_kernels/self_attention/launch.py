@@ -17,7 +17,7 @@ from ..plan import CLASS_LIMITS, CLASSES, ITEM_FIELDS, TILE, check_plan_tokens, 
 from . import kernel, kernel_backward
 from .config import ClassConfig, Launch, choose_config, rows_of_class, split_head_dim
 
-PREPARE_ROWS = 32  # of a program of backward_prepare, which only streams rows
+PREPARE = {16: (32, 4), 32: (16, 8)}  # rows and warps of backward_prepare by bits; float32 multiplies there, too
 
 
 @dataclass(frozen=True)
@@ -286,12 +286,13 @@ def backward(
         r_or_any = r if r.numel() else lse
         if row_pairs is None:
             row_pairs = torch.empty(*lse.shape, 2, dtype=torch.float32, device=q.device)
+        block, warps = PREPARE[call.bits]
         launch_kernel(
-            kernel_backward.backward_prepare, call.grid(index, rows // PREPARE_ROWS),
+            kernel_backward.backward_prepare, call.grid(index, rows // block),
             **call.shape, **call.work(index), **inputs, **call.outputs(dq=dq), **call.weights(), **eps, **kinds,
             **score, out_ptr=out, lse_ptr=lse, rows_ptr=row_pairs, fold_scale=call.fold_scale,
-            CENTRE=norms.k_kind == NORM_CODES["layer_norm"] and not normalize_keys, ROWS=rows, BLOCK=PREPARE_ROWS,
-            num_warps=4,
+            CENTRE=norms.k_kind == NORM_CODES["layer_norm"] and not normalize_keys, ROWS=rows, BLOCK=block,
+            num_warps=warps,
         )  # fmt: skip
         launch_kernel(
             kernel_backward.backward_keys, call.grid(index, rows // launch.block_n),
