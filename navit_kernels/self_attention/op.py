@@ -318,7 +318,8 @@ def _backward_kernels(
         outputs = (dqkv, q.new_empty(0), q.new_empty(0))
     else:
         dq, dk, dv = outputs = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    if dout.stride(-1) != 1 or 0 in dout.stride():  # an expanded one would keep TMA away
+        dout = dout.contiguous()
     with torch.cuda.device_of(q):
         weights_H3D = backward(_launcher(q, k, v, *shared), dout, out, lse, r, dq, dk, dv, weight_grads)
     return *outputs, q.new_empty(0, dtype=torch.float32) if weights_H3D is None else weights_H3D
