@@ -27,6 +27,7 @@ from harness import (
     peak_mib,
     print_table,
     sets_beyond_cache,
+    without_gradients,
     write_results,
 )
 from torch import Tensor
@@ -121,21 +122,8 @@ def outcome(run: Run, case: Case, x: Inputs) -> list[Tensor]:
 
 def checks(case: Case, device: str) -> dict[str, Callable[[], None]]:
     x = case.inputs(SMOKE_TOKENS if device == "cpu" else GATE_TOKENS, device)
-    reference = functools.partial(outcome, functools.partial(plain, feed_forward), case)
-    others = {
-        name: functools.partial(outcome, run, case, x) for name, run in contenders(device).items() if name != OURS
-    }
-    return outcome_checks(
-        (OURS, functools.partial(outcome, ours, case, x)),
-        functools.partial(reference, x),
-        reference(x.double()),
-        others,
-    )
-
-
-def forward(run: Run, case: Case, x: Inputs) -> None:
-    with torch.no_grad():
-        run(case, x)
+    reference = functools.partial(plain, feed_forward)
+    return outcome_checks(contenders(device), OURS, reference, outcome, case, x)
 
 
 def main() -> None:
@@ -152,7 +140,7 @@ def main() -> None:
             if name.endswith("recompute"):
                 directions: tuple[tuple[str, Callable], ...] = (("train", outcome),)
             else:
-                directions = (("fwd", forward), ("train", outcome))
+                directions = (("fwd", without_gradients), ("train", outcome))
             for direction, once in directions:
                 runs = [functools.partial(once, run, case, x) for x in sets]
                 row: Row = {**about, "direction": direction, "contender": name}

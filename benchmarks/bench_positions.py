@@ -25,6 +25,7 @@ from harness import (
     parser,
     print_table,
     sets_beyond_cache,
+    without_gradients,
     write_results,
 )
 from torch import Tensor
@@ -171,20 +172,7 @@ def outcome(run: Run, case: Case, x: Inputs) -> list[Tensor]:
 def checks(case: Case, device: str) -> dict[str, Callable[[], None]]:
     x = case.inputs(SMOKE_TOKENS if device == "cpu" else GATE_TOKENS, device)
     reference = functools.partial(ours, backend="reference")
-    others = {
-        name: functools.partial(outcome, run, case, x) for name, run in contenders(device).items() if name != OURS
-    }
-    return outcome_checks(
-        (OURS, functools.partial(outcome, ours, case, x)),
-        functools.partial(outcome, reference, case, x),
-        outcome(reference, case, x.double()),
-        others,
-    )
-
-
-def forward(run: Run, case: Case, x: Inputs) -> None:
-    with torch.no_grad():
-        run(case, x)
+    return outcome_checks(contenders(device), OURS, reference, outcome, case, x)
 
 
 def main() -> None:
@@ -203,7 +191,7 @@ def main() -> None:
                  "coords": case.coords, "norm": case.norm, "dtype": "bf16"}  # fmt: skip
         for name, run in contenders(options.device).items():
             timer = "graph" if name == OURS else "kernels"  # an indexing backward may wait for the GPU
-            forwards = [functools.partial(forward, run, case, x) for x in sets]
+            forwards = [functools.partial(without_gradients, run, case, x) for x in sets]
             backwards = [
                 functools.partial(torch.autograd.grad, run(case, x), x.leaves, x.dy_TE, retain_graph=True) for x in sets
             ]

@@ -24,6 +24,7 @@ from harness import (
     parser,
     print_table,
     sets_beyond_cache,
+    without_gradients,
     write_results,
 )
 from torch import Tensor
@@ -198,24 +199,9 @@ def outcome(run: Run, case: Case, x: Inputs) -> list[Tensor]:
 def checks(case: Case, device: str) -> dict[str, Callable[[], None]]:
     x = case.inputs(SMOKE_TOKENS if device == "cpu" else GATE_TOKENS, device)
     reference = functools.partial(ours, backend="reference")
-    others = {
-        name: functools.partial(outcome, run, case, x) for name, run in contenders(device).items() if name != OURS
-    }
     # they round normed keys and scores to bfloat16; amax shares the gradient of equal values
     compared = 1 if case.pooling == "max" else None
-    return outcome_checks(
-        (OURS, functools.partial(outcome, ours, case, x)),
-        functools.partial(outcome, reference, case, x),
-        outcome(reference, case, x.double()),
-        others,
-        0.15,
-        compared,
-    )
-
-
-def forward(run: Run, case: Case, x: Inputs) -> None:
-    with torch.no_grad():
-        run(case, x)
+    return outcome_checks(contenders(device), OURS, reference, outcome, case, x, 0.15, compared)
 
 
 def main() -> None:
@@ -240,7 +226,7 @@ def main() -> None:
                 arguments = out, x.leaves(case.pooling), cotangent(case, x, out)
                 backwards.append(functools.partial(torch.autograd.grad, *arguments, retain_graph=True))
             for direction, runs in (
-                ("fwd", [functools.partial(forward, run, case, x) for x in sets]),
+                ("fwd", [functools.partial(without_gradients, run, case, x) for x in sets]),
                 ("bwd", backwards),
             ):
                 us = measure(runs, timer, options.milliseconds).us

@@ -45,12 +45,13 @@ from timing import (
     peak_mib,
     sets_beyond_cache,
     synchronize,
+    without_gradients,
 )
 
 __all__ = [
     "Ceilings", "Row", "Run", "Timing", "assert_same_function", "ceilings", "gate", "host_us", "kernel_times",
     "measure", "outcome_checks", "parse_options", "parser", "peak_mib", "print_table", "sets_beyond_cache",
-    "synchronize", "write_results",
+    "synchronize", "without_gradients", "write_results",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -5,11 +5,10 @@ keep their history (`torch.nested.as_nested_tensor`), on both sides of the compa
 """
 
 import functools
-import importlib
 
-import peers
 import torch
 from integration_cases import Case, Grids, Side
+from model_baselines import vit_pytorch_module
 
 from navit.integrations.vit_pytorch import accelerate
 
@@ -19,13 +18,7 @@ SMALL = {"dim": 32, "depth": 2, "heads": 2, "mlp_dim": 48, "dim_head": 16, "num_
 
 
 def build(nested: bool, grids: Grids, device: str, small: bool) -> dict[str, Side]:
-    name = "vit_pytorch.na_vit_nested_tensor" if nested else "vit_pytorch.na_vit"
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        raise peers.PeerMissing(str(error)) from error
-    if nested:
-        module.nested_tensor = lambda parts, **options: torch.nested.as_nested_tensor(list(parts), **options)
+    module = vit_pytorch_module(nested)
     torch.manual_seed(0)
     sizes = SMALL if small else BASE
     model = module.NaViT(

@@ -174,20 +174,24 @@ def _fa3_op() -> Callable[..., tuple[Tensor, Tensor]]:
 # Published packages
 
 
+def vit_pytorch_module(nested: bool) -> Any:
+    """The module of one of vit-pytorch's NaViTs, patched so that the nested one trains its input side."""
+    try:
+        module = importlib.import_module("vit_pytorch.na_vit_nested_tensor" if nested else "vit_pytorch.na_vit")
+    except ImportError as error:
+        raise peers.PeerMissing(str(error)) from error
+    if nested:
+        module.nested_tensor = lambda parts, **options: torch.nested.as_nested_tensor(list(parts), **options)
+    return module
+
+
 def vit_pytorch(config: NaViTConfig, images: Sequence[Tensor], nested: bool) -> tuple[nn.Module, Callable[[], Tensor]]:
     """vit-pytorch's NaViT on float images: dense masks over rows of 2,048 tokens, or nested tensors.
 
     As shipped, the nested one makes leaves of its tokens and pooling queries, so that nothing before them trains; here
     they keep their history. Both run eagerly: they read sizes on the host.
     """
-    name = "vit_pytorch.na_vit_nested_tensor" if nested else "vit_pytorch.na_vit"
-    try:
-        module = importlib.import_module(name)
-    except ImportError as error:
-        raise peers.PeerMissing(str(error)) from error
-    if nested:
-        module.nested_tensor = lambda parts, **options: torch.nested.as_nested_tensor(list(parts), **options)
-    model = module.NaViT(
+    model = vit_pytorch_module(nested).NaViT(
         image_size=config.table_length * config.patch_size,
         patch_size=config.patch_size,
         num_classes=config.width,

@@ -64,33 +64,38 @@ def assert_same_function(name: str, actual: torch.Tensor, expected: torch.Tensor
         raise AssertionError(f"{name}: relative difference {difference:.2e}, expected at most {limit:.0e}")
 
 
-Outcome = Callable[[], "list[torch.Tensor]"]
-
-
 def outcome_checks(
-    ours: tuple[str, Outcome],
-    reference: Outcome,
-    exact: list[torch.Tensor],
-    others: dict[str, Outcome],
+    contenders: dict[str, Callable[..., Any]],
+    ours: str,
+    reference: Callable[..., Any],
+    outcome: Callable[..., list[torch.Tensor]],
+    case: Any,
+    x: Any,
     limit: float = 0.02,
     compared: int | None = None,
 ) -> dict[str, Run]:
-    """What `gate` takes: ours within the project's bound of `exact`, the others close to it.
+    """What `gate` takes: ours within the project's bound of the reference in float64, the others close to it.
 
-    reference: run at our dtype. limit: the relative difference allowed to the others. compared: how many of their
-    tensors count, all by default.
+    outcome: (contender, case, x) -> its results and gradients. x: inputs at our dtype, with .double(). limit: the
+    relative difference allowed to the others. compared: how many of their tensors count, all by default.
     """
-    name, outcome = ours
+    exact = outcome(reference, case, x.double())
 
     def check_ours() -> None:
-        for actual, expected, at_dtype in zip(outcome(), exact, reference(), strict=True):
-            assert_error_within(actual, expected, at_dtype, name)
+        results = outcome(contenders[ours], case, x), exact, outcome(reference, case, x)
+        for actual, expected, at_dtype in zip(*results, strict=True):
+            assert_error_within(actual, expected, at_dtype, ours)
 
     def check(other: str) -> None:
-        for actual, expected in list(zip(others[other](), exact, strict=True))[:compared]:
+        for actual, expected in list(zip(outcome(contenders[other], case, x), exact, strict=True))[:compared]:
             assert_same_function(other, actual, expected, limit)
 
-    return {name: check_ours} | {other: functools.partial(check, other) for other in others}
+    return {name: check_ours if name == ours else functools.partial(check, name) for name in contenders}
+
+
+def without_gradients(run: Callable[..., Any], *arguments: Any) -> None:
+    with torch.no_grad():
+        run(*arguments)
 
 
 # Time
