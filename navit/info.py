@@ -72,9 +72,10 @@ def kernel_table(device: torch.device, config: NaViTConfig) -> Table:
 def _launches(op: str, device: torch.device, config: NaViTConfig) -> Iterable[str]:
     if op != "self_attention":
         return ["fixed in kernel.py"]
+    from navit_kernels._jit import architecture
     from navit_kernels.plan import CLASS_LIMITS, CLASSES
     from navit_kernels.self_attention.config import choose_config
-    from navit_kernels.self_attention.launch import architecture, gluon_is_supported
+    from navit_kernels.self_attention.launch import gluon_is_supported
 
     found = []
     for index in range(CLASSES):

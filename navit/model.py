@@ -32,6 +32,7 @@ from navit_kernels import (
     positions,
     varlen_attention_qkvpacked,
 )
+from navit_kernels._autocast import autocast_dtype
 from navit_kernels._checks import fail
 from navit_kernels.patches import KeptPatches
 
@@ -115,9 +116,7 @@ class NaViT(nn.Module):
         for name, got in (("patch_size", packed.patch_size), ("prefix_tokens", packed.prefix_tokens)):
             if got != getattr(config, name):
                 fail(f"the pack's {name}", f"the model's, {getattr(config, name)}", got)
-        kind = weight.device.type
-        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
+        dtype = autocast_dtype(weight.device) or weight.dtype
         if packed.patches is not None:
             return packed.patches.to(dtype)
         if packed.pixels is None:

@@ -19,14 +19,12 @@ def check_shape(name: str, tensor: Tensor, shape: Iterable[int | None], legend: 
     if not isinstance(tensor, Tensor):
         fail(name, f"a tensor {legend}", type(tensor).__name__)
     shape = tuple(shape)
-    if tensor.dim() == len(shape):
-        for want, got in zip(shape, tensor.shape, strict=True):  # as a loop: this runs in every call
-            if want is not None and got != want:
-                break
-        else:
-            return
-    wanted = ", ".join("any" if size is None else str(size) for size in shape)
-    fail(name, f"{legend} = ({wanted})", tuple(tensor.shape))
+    matches = tensor.dim() == len(shape) and all(
+        want is None or got == want for got, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not matches:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        fail(name, f"{legend} = ({wanted})", tuple(tensor.shape))
 
 
 def check_dtype(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

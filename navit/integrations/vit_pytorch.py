@@ -38,6 +38,7 @@ from navit_kernels import (
     patchify,
     varlen_attention_qkvpacked,
 )
+from navit_kernels._autocast import autocast_dtype
 from navit_kernels._checks import fail
 from navit_kernels.patches import KeptPatches
 
@@ -217,9 +218,7 @@ class PackedNaViT(nn.Module):
     def _dtype(self) -> torch.dtype:
         """Of the matrix products. The residual stream has the weights' dtype, under autocast too, as theirs has."""
         weight = self.pos_embed_height
-        kind = weight.device.type
-        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
-        return torch.get_autocast_dtype(kind) if autocast else weight.dtype
+        return autocast_dtype(weight.device) or weight.dtype
 
     def _embed(self, packed: PackedImages) -> Tensor:
         if packed.patch_size != self.patch_size or packed.prefix_tokens or packed.pixels is None:

@@ -32,6 +32,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._jit import architecture
+
 PARTS = tl.constexpr(4)  # of a tile's columns: an epilogue holds one of them in registers at a time
 
 
@@ -126,20 +128,12 @@ def choose_config(arch: int) -> dict[str, int] | None:
     return {"BLOCK_T": 128, "BLOCK_M": 128, "BLOCK_E": 64, "num_warps": 4, "num_stages": 3}
 
 
-def architecture(device: torch.device) -> int:
-    """Compute capability × 10; 0 where there is none. The interpreter takes Hopper's path."""
-    if device.type == "cpu":
-        return 90
-    if device.type != "cuda" or torch.version.hip:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
-
-
 def fused_config(x_TE: Tensor, mlp_width: int, activation: str) -> dict[str, int] | None:
     """The launch choice, or None where torch does it: other activations, float32, rows that are not 16-byte aligned."""
     fits = x_TE.itemsize == 2 and x_TE.shape[1] % 8 == 0 and mlp_width % 8 == 0 and x_TE.numel() > 0
-    return choose_config(architecture(x_TE.device)) if fits and activation == "gelu_tanh" else None
+    if not fits or activation != "gelu_tanh":
+        return None
+    return choose_config(90 if x_TE.device.type == "cpu" else architecture(x_TE.device))  # interpreted: Hopper's path
 
 
 def _blocks(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:

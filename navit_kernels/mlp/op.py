@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autocast import autocast_dtype
 from .._checks import check_dtype, check_option, check_same, check_shape
 from . import reference
 
@@ -51,16 +52,15 @@ def feed_forward(
     for name, tensor, width in (("up_bias", up_bias_U, hidden_width), ("down_bias", down_bias_E, x_TE.shape[1])):
         if tensor is not None:
             check_shape(name, tensor, (width,), "(U,)" if name == "up_bias" else "(E,)")
-    device = x_TE.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(x_TE.device)
+    if dtype is not None:
         x_TE, up_UE, down_EM = x_TE.to(dtype), up_UE.to(dtype), down_EM.to(dtype)
         up_bias_U, down_bias_E = (None if bias is None else bias.to(dtype) for bias in (up_bias_U, down_bias_E))
     others = {"up": up_UE, "down": down_EM, "up_bias": up_bias_U, "down_bias": down_bias_E}
     for name, tensor in others.items():
         if tensor is not None:
             check_same(name, tensor, "x", x_TE)
-    if backend == "reference" or (backend == "auto" and device == "cpu"):
+    if backend == "reference" or (backend == "auto" and x_TE.device.type == "cpu"):
         return reference.feed_forward(x_TE, up_UE, down_EM, up_bias_U, down_bias_E, activation=activation)
     check_dtype("x", x_TE, DTYPES)
     trained = any(tensor is not None and tensor.requires_grad for tensor in (x_TE, *others.values()))

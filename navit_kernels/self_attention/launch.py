@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._jit import launch_kernel
+from .._jit import architecture, launch_kernel
 from ..head_norm import NORM_CODES
 from ..plan import CLASS_LIMITS, CLASSES, ITEM_FIELDS, TILE, check_plan_tokens, max_items
 from . import kernel, kernel_backward
@@ -31,15 +31,6 @@ class Norms:
     k_kind: int
     k_weight: Tensor | None
     k_eps: float
-
-
-@functools.cache
-def architecture(device: torch.device) -> int:
-    """arch as choose_config takes it."""
-    if device.type != "cuda" or torch.version.hip:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor
 
 
 @functools.cache

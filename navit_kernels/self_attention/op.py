@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .._autocast import autocast_dtype
 from .._checks import check_cu_seqlens, check_dtype, check_option, check_same, check_shape, fail
 from ..head_norm import NORM_CODES, HeadNorm, check_head_norm
 from ..plan import CLASSES, ITEM_FIELDS, PackPlan, max_items
@@ -120,10 +121,8 @@ def varlen_attention_qkvpacked(
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return tuple(tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors)
-    return tensors
+    dtype = autocast_dtype(tensors[0].device)
+    return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def _takes_reference(backend: str, q_THD: Tensor) -> bool:
