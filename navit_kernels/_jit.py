@@ -20,6 +20,12 @@ def architecture(device: torch.device) -> int:
     return major * 10 + minor
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has; an H100's where there is none, as when kernels are compiled ahead of time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 class _CallSite:
     """What calls of one kernel with the same argument names have in common: where tensors and free numbers stand."""
 

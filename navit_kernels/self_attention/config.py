@@ -19,7 +19,7 @@ LARGE_SHARED = (80, 90, 100)  # architectures with the shared memory that the me
 class Launch:
     """One kernel's compile-time choices. block_m: query rows; block_n: key rows; stages: of the loop's loads."""
 
-    kernel: str  # "tile", "stream", or in a backward "resident" or "hopper_tile"
+    kernel: str  # "tile", "stream", "hopper_stream", or in a backward "resident" or "hopper_tile"
     block_m: int
     block_n: int
     warps: int
@@ -67,8 +67,11 @@ def choose_config(arch: int, head_dim: int, class_index: int, dtype_bits: int, g
     config = (NARROW, MIDDLE, WIDE)[width][class_index]
     if arch != 90:
         return _untuned(config)
-    backward = HOPPER_BACKWARD.get((width, class_index)) if gluon else None
-    return config if backward is None else replace(config, backward=backward, queries=None)
+    if gluon and (forward := HOPPER_FORWARD.get((width, class_index))) is not None:
+        config = replace(config, forward=forward)
+    if gluon and (backward := HOPPER_BACKWARD.get((width, class_index))) is not None:
+        config = replace(config, backward=backward, queries=None)
+    return config
 
 
 @functools.cache
@@ -161,6 +164,12 @@ WIDE = (  # from 88 to 128, measured at 128 with 8 heads
     ),
 )
 
+# Gluon. hopper_stream: warps that multiply; registers: of all warps, which the kernel then shares out.
+HOPPER_FORWARD = {  # by (NARROW, MIDDLE or WIDE; class)
+    (0, 4): Launch("hopper_stream", 128, 64, 4, 2, 128),
+    (1, 4): Launch("hopper_stream", 128, 64, 4, 2, 128),
+    (2, 4): Launch("hopper_stream", 128, 64, 8, 2, 168),
+}
 HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (0, 0): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U32 488, on the pt mix 31; portable 495, 54"),
     (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U64 325; uncapped 337, portable 507"),

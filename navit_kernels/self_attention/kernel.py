@@ -158,13 +158,16 @@ def forward_tile(
         tl.store(lse_ptr + h * tokens + q_start + offs, m + tl.log2(l), mask=mask_q)
 
 
-@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
+@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k", "slots"])
 def key_sizes(
-    k_ptr, r_ptr, items_ptr, offsets_ptr, first_item, tokens, tokens_k, k_stride_t: tl.constexpr, k_stride_h, k_eps,
-    UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr,
-    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr,
+    k_ptr, r_ptr, r_tiles_ptr, items_ptr, offsets_ptr, first_item, tokens, tokens_k, slots, k_stride_t: tl.constexpr,
+    k_stride_h, k_eps, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    K_NORM: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """(r_k, mean) of a tile of ROWS keys, float32 (H, T, 2): K is read once here and never again for its norm."""
+    """(r_k, mean) of a tile of ROWS keys, float32 (H, T, 2): K is read once here and never again for its norm.
+
+    With TILES also r_k alone, by item of the class: float32 (H, slots, ROWS), every tile's own start aligned.
+    """
     first, count = work_range(offsets_ptr, first_item, H, CLASS, ON_DEVICE)
     work = tl.program_id(0)
     if ON_DEVICE and work >= count:
@@ -177,6 +180,8 @@ def key_sizes(
     k = load_rows(k_ptr + h * k_stride_h * UNIT, k_start + row, offs, k_stride_t, mask, D, D1, D2)
     mean, r = row_statistics(k, k_eps, K_NORM, D, D1, D2)
     store_pairs(r_ptr + h * tokens_k * 2, k_start + row, offs, r, mean, mask)
+    if TILES:
+        tl.store(r_tiles_ptr + (h * slots + work // H) * ROWS + offs, r)
 
 
 @triton.jit

@@ -182,8 +182,9 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
         k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale,
         Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse, PRECISION=call.precision(),
     )  # fmt: skip
+    gluon = tokens_k > 0 and call.gluon(q, k, v)
     for index in call.classes():
-        config = call.config(index)
+        config = call.config(index, gluon)
         launch, rows = config.forward, rows_of_class(index)
         options = compile_options(launch)
         if launch.kernel == "tile":
@@ -191,13 +192,22 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
                 kernel.forward_tile, call.grid(index), **common, **call.work(index), BLOCK=launch.block_m, **options
             )
             continue
+        fixed_max = config.fixed_max and norms.k_kind != 0 and q.dtype != torch.float16
+        r_tiles = None
+        if launch.kernel == "hopper_stream":
+            from . import hopper_forward
+
+            r_tiles = hopper_forward.key_size_tiles(call, index)
         if needs_r and not config.normalize_keys:
-            key_sizes(call, index, r)
+            key_sizes(call, index, r, r_tiles)
+        if r_tiles is not None:
+            hopper_forward.forward_stream(call, index, launch, out, lse, r_tiles, save_lse, fixed_max)
+            continue
         launch_kernel(
             kernel.forward_stream, call.grid(index, rows // launch.block_m),
             **common, **call.work(index), r_ptr=r if needs_r else lse, ROWS=rows,
             BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, NORMALIZE_KEYS=config.normalize_keys and norms.k_kind != 0,
-            TRY_FIXED_MAX=config.fixed_max and norms.k_kind != 0 and q.dtype != torch.float16, **options,
+            TRY_FIXED_MAX=fixed_max, **options,
         )  # fmt: skip
     return out, lse, r
 
@@ -207,12 +217,13 @@ def programs_per_item(index: int, config: ClassConfig) -> int:
     return max(1, rows_of_class(index) // (config.queries or config.backward).block_m)
 
 
-def key_sizes(call: Launcher, index: int, r: Tensor) -> None:
+def key_sizes(call: Launcher, index: int, r: Tensor, r_tiles: Tensor | None = None) -> None:
     rows = rows_of_class(index)
     launch_kernel(
         kernel.key_sizes, call.grid(index),
-        **call.rows(k=call.k), **call.work(index), **call.shape, r_ptr=r,
-        k_eps=call.norms.k_eps, K_NORM=call.norms.k_kind, ROWS=rows, num_warps=4,
+        **call.rows(k=call.k), **call.work(index), **call.shape, r_ptr=r, r_tiles_ptr=r if r_tiles is None else r_tiles,
+        slots=0 if r_tiles is None else r_tiles.shape[1], k_eps=call.norms.k_eps, K_NORM=call.norms.k_kind, ROWS=rows,
+        TILES=r_tiles is not None, num_warps=4,
     )  # fmt: skip
 
 

@@ -1,0 +1,533 @@
+"""Varlen attention, forward of long segments on Hopper, in Gluon. The maths stands in kernel.py.
+
+Programs stay and take items in turn, the longest segments first. In each, one warp loads by TMA and GROUPS warpgroups
+multiply, ROWS query rows each of one tile of an item, in blocks of 64 rows: the softmax of a block runs under the
+products of the others. Two programs share a multiprocessor where registers allow it.
+
+    loader        q ──q_full── → q_mem         r, K, V ──full── → stages          (q_empty, empty: free again)
+    warpgroups    u = fold(q) → u_mem; per stage:  S = u·Kᵀ   acc += P·V   P = exp2(S·r − m);   out → u_mem → TMA
+
+A stage holds what one step reads: the keys (and r) of a tile and the values of the tile before it, whose P the step
+before has made. The keys of an item's first tile so come with the values of the last item's last tile. The first tile
+of an item is the segment's last, partial one: the only one with a mask.
+
+Rows past the segment's end are loaded as zeros and not stored; see hopper_steps.py. r comes by item, as key_sizes
+writes it: so that all its loads start at a multiple of 16 bytes.
+
+T tokens, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..plan import TILE as PLAN_TILE
+from .._jit import multiprocessors
+from .hopper_steps import PART, load_tile, parts, ragged, segment_rows, shared_layout
+from .hopper_tile_steps import (
+    add_columns,
+    affine_rows,
+    column_parts,
+    load_vector,
+    multiply,
+    read,
+    row_dot,
+    row_statistics,
+    row_sum,
+    scale_all,
+    scale_columns,
+    start_dot_rows,
+    store_tile,
+    widen,
+    write,
+)
+from .kernel import FIXED_MAX_LIMIT
+from .steps import LAYER_NORM, NONE
+
+BLOCK = gl.constexpr(64)  # query rows of one product
+TILE = gl.constexpr(PLAN_TILE)
+E_SPLIT = gl.constexpr(os.environ.get("E_SPLIT", "1") == "1")
+E_NOEXP = gl.constexpr(os.environ.get("E_NOEXP", "0") == "1")
+LOADER_REGISTERS = gl.constexpr(24)
+REGISTERS = 1 << 16  # of a multiprocessor
+
+
+@gluon.jit
+def load_work(
+    items_ptr, first_item, work, tokens, tokens_k, H: gl.constexpr, BLOCK_N: gl.constexpr, ITEMS: gl.constexpr
+):  # fmt: skip
+    """(h, q_start, q_length, k_start, k_length, tile, key tiles, row of r) of a tile; no key tiles where it is empty."""
+    h = work % H
+    base = items_ptr + (first_item + work // H) * 8
+    q_start, k_start, tile = gl.load(base), gl.load(base + 2), gl.load(base + 4)
+    # a plan of other lengths must not lead outside the tensors
+    q_length = gl.minimum(gl.load(base + 1), tokens - q_start)
+    k_length = gl.minimum(gl.load(base + 3), tokens_k - k_start)
+    key_tiles = gl.where((tile * TILE < q_length) & (tile % ITEMS == 0), gl.maximum(gl.cdiv(k_length, BLOCK_N), 1), 0)
+    return h, q_start, q_length, k_start, k_length, tile, key_tiles, work // H - tile
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def load_columns(source, tiles, i, full, start, length, row, h):
+    """The rows from `row` of a segment's head into tile i, by TMA."""
+    for c in gl.static_range(len(tiles)):
+        load_tile(source[c], segment_rows(start, length, row, h, c * PART), full, tiles[c].index(i))
+
+
+@gluon.jit
+def load(
+    q_1, k_1, v_1, r_tiles, q_2, k_2, v_2, q_mem_1, k_mem_1, v_mem_1, q_mem_2, k_mem_2, v_mem_2, r_mem, q_full, q_empty,
+    full, empty, items_ptr, first_item, count, tokens, tokens_k, slots, H: gl.constexpr, D2: gl.constexpr,
+    K_NORM: gl.constexpr, GROUPS: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    q_in, k_in, v_in = column_parts(q_1, q_2, D2), column_parts(k_1, k_2, D2), column_parts(v_1, v_2, D2)
+    q_mem, k_mem = column_parts(q_mem_1, q_mem_2, D2), column_parts(k_mem_1, k_mem_2, D2)
+    v_mem = column_parts(v_mem_1, v_mem_2, D2)
+    ROW_BYTES: gl.constexpr = (PART + D2) * 2
+    KEY_BYTES: gl.constexpr = BLOCK_N * ROW_BYTES + (BLOCK_N * 4 if K_NORM != NONE else 0)
+    stage, phase, q_phase = 0, 1, 1
+    v_start, v_length, v_h, v_row = 0, 0, 0, -1  # of the tile before
+    for work in range(gl.program_id(0), count, gl.num_programs(0)):
+        h, q_start, q_length, k_start, k_length, tile, key_tiles, slot = load_work(
+            items_ptr, first_item, work, tokens, tokens_k, H, BLOCK_N, GROUPS * ROWS // TILE
+        )
+        if key_tiles > 0:
+            mbarrier.wait(q_empty, q_phase)
+            q_phase ^= 1
+            mbarrier.expect(q_full, GROUPS * ROWS * ROW_BYTES)
+            for group in gl.static_range(GROUPS):
+                load_columns(q_in, q_mem, group, q_full, q_start, q_length, tile * TILE + group * ROWS, h)
+        for j in range(key_tiles):
+            row = gl.where(j == 0, key_tiles - 1, j - 1) * BLOCK_N
+            mbarrier.wait(empty.index(stage), phase)
+            mbarrier.expect(full.index(stage), KEY_BYTES, pred=v_row < 0)
+            mbarrier.expect(full.index(stage), KEY_BYTES + BLOCK_N * ROW_BYTES, pred=v_row >= 0)
+            load_columns(k_in, k_mem, stage, full.index(stage), k_start, k_length, row, h)
+            if K_NORM != NONE:
+                load_tile(r_tiles, [(h * slots + slot) * TILE + row], full.index(stage), r_mem.index(stage))
+            if v_row >= 0:
+                load_columns(v_in, v_mem, stage, full.index(stage), v_start, v_length, v_row, v_h)
+            v_start, v_length, v_h, v_row = k_start, k_length, h, row
+            stage, phase = next_stage(stage, phase, STAGES)
+    if v_row >= 0:
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(full.index(stage), BLOCK_N * ROW_BYTES)
+        load_columns(v_in, v_mem, stage, full.index(stage), v_start, v_length, v_row, v_h)
+
+
+@gluon.jit
+def fold_rows(
+    q, gain, shift, q_eps, fold_scale, Q_NORM: gl.constexpr, CENTRE: gl.constexpr, GAIN: gl.constexpr,
+    SHIFT: gl.constexpr, DTYPE: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """u of raw query rows, in float32 but of DTYPE's values; see steps.fold_query."""
+    if Q_NORM != NONE:
+        r, offset = row_statistics(q, q_eps, Q_NORM, D)
+        u = affine_rows(q, r * fold_scale, offset * fold_scale, D)
+    else:
+        u = scale_all(q, fold_scale)
+    if GAIN:
+        u = scale_columns(u, gain)
+    if SHIFT:
+        u = add_columns(u, scale_all(shift, fold_scale))
+    if CENTRE:
+        mean = row_sum(u) / D
+        u = affine_rows(u, mean * 0 + 1.0, -mean, D)
+    rounded = round_to(u, DTYPE)
+    if CENTRE:
+        residue = row_sum(rounded)
+        size = gl.abs(u[0])
+        cols = gl.arange(0, PART, gl.SliceLayout(0, size.type.layout))[None, :]
+        if D < PART:
+            size = gl.where(cols < D, size, float("inf"))
+        smallest = gl.min(gl.where(size == gl.min(size, 1)[:, None], cols, PART), 1)
+        first = gl.where(cols == smallest[:, None], rounded[0] - residue[:, None], rounded[0])
+        if len(u) == 1:
+            rounded = round_to((first,), DTYPE)
+        else:
+            rounded = round_to((first, rounded[1]), DTYPE)
+    return rounded
+
+
+@gluon.jit
+def round_to(x, DTYPE: gl.constexpr):
+    if len(x) == 1:
+        return (x[0].to(DTYPE).to(gl.float32),)
+    else:
+        return (x[0].to(DTYPE).to(gl.float32), x[1].to(DTYPE).to(gl.float32))
+
+
+@gluon.jit
+def block_of(tiles, i, block, HEIGHT: gl.constexpr, D2: gl.constexpr):
+    """64 rows of tile i as matrices."""
+    first = tiles[0].index(i).reshape([HEIGHT, PART]).slice(block * BLOCK, BLOCK)
+    if D2 == 0:
+        return (first,)
+    else:
+        return (first, tiles[1].index(i).reshape([HEIGHT, D2]).slice(block * BLOCK, BLOCK))
+
+
+@gluon.jit
+def matrix(tiles, i, HEIGHT: gl.constexpr, D2: gl.constexpr):
+    first = tiles[0].index(i).reshape([HEIGHT, PART])
+    if D2 == 0:
+        return (first,)
+    else:
+        return (first, tiles[1].index(i).reshape([HEIGHT, D2]))
+
+
+@gluon.jit
+def add_dot_values(p, y, acc):
+    """acc + p · y."""
+    first = warpgroup_mma(p, y[0], acc[0], is_async=True)
+    if len(y) == 1:
+        return (first,)
+    else:
+        q = gl.convert_layout(p, gl.DotOperandLayout(0, acc[1].type.layout, 2))
+        return (first, warpgroup_mma(q, y[1], acc[1], is_async=True))
+
+
+@gluon.jit
+def fold_sum(p):
+    """Sums of the columns that a thread holds."""
+    return gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
+def softmax_step(s, r, m, l, valid, score_scale, MASKED: gl.constexpr, FIXED: gl.constexpr, SCALED: gl.constexpr):
+    """(P, m, l, what acc is to be multiplied by) after the scores of one more tile."""
+    if SCALED:
+        s = s * r[None, :]
+    if MASKED:
+        s = gl.where(valid[None, :], s, -float("inf"))
+    rescale = m
+    if not FIXED:
+        m_new = gl.maximum(m, gl.max(s, 1))
+        safe = gl.where(m_new == -float("inf"), 0.0, m_new) if MASKED else m_new
+        rescale = gl.exp2(m - safe)
+        m = safe
+        l = l * gl.convert_layout(rescale, gl.SliceLayout(1, l.type.layout))[:, None]
+    p = s - m[:, None] if E_NOEXP else gl.exp2(s - m[:, None])
+    return p, m, l + fold_sum(p), rescale
+
+
+@gluon.jit
+def attend(
+    out, q_start, q_length, k_length, row, h, key_tiles, bound, u_mem, k_mem, v_mem, r_mem, full, empty, stage, phase,
+    lse_ptr, tokens, score_scale, GROUP: gl.constexpr, D2: gl.constexpr, K_NORM: gl.constexpr, FOLD: gl.constexpr,
+    SAVE_LSE: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, FIXED: gl.constexpr,
+):  # fmt: skip
+    """All keys of a segment for ROWS rows of u, and out and lse. Returns stage and phase of the next item's keys."""
+    DTYPE: gl.constexpr = u_mem[0].dtype
+    PARTS: gl.constexpr = len(u_mem)
+    BLOCKS: gl.constexpr = ROWS // BLOCK
+    mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    mma_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
+    mma_2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2 or 16, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma_1, 2)
+    col_s: gl.constexpr = gl.SliceLayout(0, mma_s)
+    row_s: gl.constexpr = gl.SliceLayout(1, mma_s)
+    SCALED: gl.constexpr = K_NORM != NONE or not FOLD
+    zero_s = gl.zeros([BLOCK, BLOCK_N], gl.float32, mma_s)
+    u = matrix(u_mem, GROUP, ROWS, D2)
+
+    # ---- the segment's last keys, masked
+    mbarrier.wait(full.index(stage), phase)
+    k = matrix(k_mem, stage, BLOCK_N, D2)
+    s = ()
+    for c in gl.static_range(BLOCKS):
+        s = s + (start_dot_rows(u, k, zero_s, c * BLOCK, BLOCK),)  # noqa: RUF005
+    r = load_r(r_mem, stage, score_scale, col_s, K_NORM, FOLD, BLOCK_N)
+    valid = (key_tiles - 1) * BLOCK_N + gl.arange(0, BLOCK_N, col_s) < k_length
+    p, m, l, acc = (), (), (), ()
+    for c in gl.static_range(BLOCKS):
+        s_c = warpgroup_mma_wait((BLOCKS - 1 - c) * PARTS, deps=[s[c]])
+        m_c = bound[c] if FIXED else gl.full([BLOCK], -float("inf"), gl.float32, row_s)
+        p_c, m_c, l_c, _ = softmax_step(
+            s_c, r, m_c, fold_sum(zero_s), valid, score_scale, True, FIXED, SCALED
+        )  # fmt: skip
+        p = p + (gl.convert_layout(p_c.to(DTYPE), operand),)  # noqa: RUF005
+        m, l = m + (m_c,), l + (l_c,)  # noqa: RUF005
+        acc = acc + (gl.zeros([BLOCK, PART], gl.float32, mma_1),)  # noqa: RUF005
+        if D2 != 0:
+            acc = acc + (gl.zeros([BLOCK, D2 or 16], gl.float32, mma_2),)  # noqa: RUF005
+    mbarrier.arrive(empty.index(stage))
+    stage, phase = next_stage(stage, phase, STAGES)
+
+    for _ in range(1, key_tiles):
+        mbarrier.wait(full.index(stage), phase)
+        k, v = matrix(k_mem, stage, BLOCK_N, D2), matrix(v_mem, stage, BLOCK_N, D2)
+        s, sums = (), ()
+        for c in gl.static_range(BLOCKS):
+            s = s + (start_dot_rows(u, k, zero_s, c * BLOCK, BLOCK),)  # noqa: RUF005
+        for c in gl.static_range(BLOCKS):
+            sums = sums + add_dot_values(p[c], v, acc[c * PARTS : (c + 1) * PARTS])
+        r = load_r(r_mem, stage, score_scale, col_s, K_NORM, FOLD, BLOCK_N)
+        p_next, m_next, l_next, rescale = (), (), (), ()
+        for c in gl.static_range(BLOCKS):
+            if c > 0 and E_SPLIT:
+                mbarrier.wait(full.index(stage), phase)
+            done = warpgroup_mma_wait((2 * BLOCKS - 1 - c) * PARTS, deps=(s[c],) + p_next)  # noqa: RUF005
+            s_c, p_next = (done, ()) if c == 0 else (done[0], done[1:])
+            p_c, m_c, l_c, rescale_c = softmax_step(s_c, r, m[c], l[c], valid, score_scale, False, FIXED, SCALED)
+            p_next = p_next + (gl.convert_layout(p_c.to(DTYPE), operand),)  # noqa: RUF005
+            m_next, l_next, rescale = m_next + (m_c,), l_next + (l_c,), rescale + (rescale_c,)  # noqa: RUF005
+        # P is a dep of the wait, and a wait for what has long come stands before it: the compiler moves P over neither
+        mbarrier.wait(full.index(stage), phase)
+        done = warpgroup_mma_wait(0, deps=sums + p + p_next)
+        mbarrier.arrive(empty.index(stage))
+        acc, p, m, l = done[: BLOCKS * PARTS], done[BLOCKS * PARTS + BLOCKS :], m_next, l_next
+        if not FIXED:
+            acc = rescale_blocks(acc, rescale, PARTS)
+        stage, phase = next_stage(stage, phase, STAGES)
+
+    mbarrier.wait(full.index(stage), phase)
+    v = matrix(v_mem, stage, BLOCK_N, D2)
+    sums = ()
+    for c in gl.static_range(BLOCKS):
+        sums = sums + add_dot_values(p[c], v, acc[c * PARTS : (c + 1) * PARTS])
+    done = warpgroup_mma_wait(0, deps=sums + p)
+    for c in gl.static_range(BLOCKS):
+        total = gl.convert_layout(gl.sum(l[c], 1), row_s)
+        inverse = gl.where(total == 0, 0.0, 1.0 / total)
+        for part in gl.static_range(PARTS):
+            acc_c = done[c * PARTS + part]
+            values = acc_c * gl.convert_layout(inverse, gl.SliceLayout(1, acc_c.type.layout))[:, None]
+            u[part].slice(c * BLOCK, BLOCK).store(values.to(DTYPE))
+        if SAVE_LSE:
+            rows = row + c * BLOCK + gl.arange(0, BLOCK, row_s)
+            lse = gl.where(total == 0, -float("inf"), m[c] + gl.log2(total))
+            gl.store(lse_ptr + h.to(gl.int64) * tokens + q_start + rows, lse, mask=rows < q_length)
+    fence_async_shared()
+    for part in gl.static_range(PARTS):
+        store_tile(out[part], segment_rows(q_start, q_length, row, h, part * PART), u_mem[part].index(GROUP))
+    return stage, phase
+
+
+@gluon.jit
+def load_r(r_mem, stage, score_scale, layout: gl.constexpr, K_NORM: gl.constexpr, FOLD: gl.constexpr, N: gl.constexpr):
+    """What the columns of the scores are multiplied by."""
+    if K_NORM == NONE:
+        return gl.full([N], 0.0, gl.float32, layout) + score_scale
+    else:
+        r = r_mem.index(stage).load(layout)
+        return r if FOLD else r * score_scale
+
+
+@gluon.jit
+def rescale_blocks(acc, by, PARTS: gl.constexpr):
+    scaled = ()
+    for i in gl.static_range(len(acc)):
+        factor = gl.convert_layout(by[i // PARTS], gl.SliceLayout(1, acc[i].type.layout))
+        scaled = scaled + (acc[i] * factor[:, None],)  # noqa: RUF005
+    return scaled
+
+
+@gluon.jit
+def consume(
+    out_1, out_2, q_mem_1, u_mem_1, k_mem_1, v_mem_1, q_mem_2, u_mem_2, k_mem_2, v_mem_2, r_mem, q_full, q_empty, full,
+    empty, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item, count, tokens, tokens_k,
+    q_weight_stride, q_bias_stride, k_weight_stride, q_eps, fold_scale, score_scale, GROUP: gl.constexpr,
+    H: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, Q_NORM: gl.constexpr, K_NORM: gl.constexpr,
+    Q_WEIGHT: gl.constexpr, Q_BIAS: gl.constexpr, K_WEIGHT: gl.constexpr, FOLD: gl.constexpr, SAVE_LSE: gl.constexpr,
+    TRY_FIXED_MAX: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+):  # fmt: skip
+    out = column_parts(out_1, out_2, D2)
+    q_mem, u_mem = column_parts(q_mem_1, q_mem_2, D2), column_parts(u_mem_1, u_mem_2, D2)
+    k_mem, v_mem = column_parts(k_mem_1, k_mem_2, D2), column_parts(v_mem_1, v_mem_2, D2)
+    BLOCKS: gl.constexpr = ROWS // BLOCK
+    GAIN: gl.constexpr = Q_WEIGHT or K_WEIGHT
+    CENTRE: gl.constexpr = K_NORM == LAYER_NORM
+    DTYPE: gl.constexpr = u_mem_1.dtype
+    rows_1: gl.constexpr = gl.BlockedLayout([1, PART // 2], [16, 2], [4, 1], [1, 0])
+    rows_2: gl.constexpr = gl.BlockedLayout([1, (D2 or 16) // 2], [16, 2], [4, 1], [1, 0])
+    layouts: gl.constexpr = (rows_1, rows_2)
+    row_s: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
+    stage, phase, q_phase = 0, 0, 0
+    for work in range(gl.program_id(0), count, gl.num_programs(0)):
+        h, q_start, q_length, k_start, k_length, tile, key_tiles, slot = load_work(
+            items_ptr, first_item, work, tokens, tokens_k, H, BLOCK_N, GROUPS * ROWS // TILE
+        )
+        row = tile * TILE + GROUP * ROWS
+        if key_tiles > 0:
+            gain = ()
+            shift = ()
+            if GAIN:
+                k_weight = load_vector(k_weight_ptr + h * k_weight_stride, K_WEIGHT, 1.0, layouts, D, D2)
+                q_weight = load_vector(q_weight_ptr + h * q_weight_stride, Q_WEIGHT, 1.0, layouts, D, D2)
+                gain = multiply(q_weight, k_weight)
+            if Q_BIAS:
+                shift = load_vector(q_bias_ptr + h * q_bias_stride, Q_BIAS, 0.0, layouts, D, D2)
+                if GAIN:
+                    shift = multiply(shift, k_weight)
+            mbarrier.wait(q_full, q_phase)
+            tma.store_wait(0)
+            bound = ()
+            largest = gl.to_tensor(0.0)
+            for c in gl.static_range(BLOCKS):
+                u = read(block_of(q_mem, GROUP, c, ROWS, D2), layouts)
+                if FOLD:
+                    u = fold_rows(
+                        u, gain, shift, q_eps, fold_scale, Q_NORM, CENTRE, GAIN, Q_BIAS, DTYPE, D
+                    )  # fmt: skip
+                write(block_of(u_mem, GROUP, c, ROWS, D2), u)
+                if TRY_FIXED_MAX:
+                    bound_c = gl.sqrt(row_dot(u, u) * D)
+                    if not FOLD:
+                        bound_c = bound_c * score_scale
+                    largest = gl.maximum(largest, gl.max(bound_c, 0))
+                    bound = bound + (gl.convert_layout(bound_c, row_s),)  # noqa: RUF005
+            mbarrier.arrive(q_empty)
+            q_phase ^= 1
+            if TRY_FIXED_MAX:
+                if largest <= FIXED_MAX_LIMIT:
+                    stage, phase = attend(
+                        out, q_start, q_length, k_length, row, h, key_tiles, bound, u_mem, k_mem, v_mem, r_mem, full,
+                        empty, stage, phase, lse_ptr, tokens, score_scale, GROUP, D2, K_NORM, FOLD, SAVE_LSE, ROWS,
+                        BLOCK_N, STAGES, True,
+                    )  # fmt: skip
+                else:
+                    stage, phase = attend(
+                        out, q_start, q_length, k_length, row, h, key_tiles, bound, u_mem, k_mem, v_mem, r_mem, full,
+                        empty, stage, phase, lse_ptr, tokens, score_scale, GROUP, D2, K_NORM, FOLD, SAVE_LSE, ROWS,
+                        BLOCK_N, STAGES, False,
+                    )  # fmt: skip
+            else:
+                stage, phase = attend(
+                    out, q_start, q_length, k_length, row, h, key_tiles, bound, u_mem, k_mem, v_mem, r_mem, full,
+                    empty, stage, phase, lse_ptr, tokens, score_scale, GROUP, D2, K_NORM, FOLD, SAVE_LSE, ROWS,
+                    BLOCK_N, STAGES, False,
+                )  # fmt: skip
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["first_item", "tokens", "tokens_k", "slots", "count"])
+def hopper_forward_stream(
+    q_1, k_1, v_1, out_1, r_tiles, q_2, k_2, v_2, out_2, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr,
+    offsets_ptr, first_item, count, tokens, tokens_k, slots, q_weight_stride: gl.constexpr, q_bias_stride: gl.constexpr,
+    k_weight_stride: gl.constexpr, q_eps, fold_scale, score_scale, H: gl.constexpr, D: gl.constexpr, D2: gl.constexpr,
+    Q_NORM: gl.constexpr, K_NORM: gl.constexpr, Q_WEIGHT: gl.constexpr, Q_BIAS: gl.constexpr, K_WEIGHT: gl.constexpr,
+    FOLD: gl.constexpr, SAVE_LSE: gl.constexpr, TRY_FIXED_MAX: gl.constexpr, CLASS: gl.constexpr,
+    ON_DEVICE: gl.constexpr, GROUPS: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    SPARE: gl.constexpr,
+):  # fmt: skip
+    if ON_DEVICE:
+        first_item = gl.load(offsets_ptr + CLASS)
+        count = (gl.load(offsets_ptr + CLASS + 1) - first_item) * H
+    DTYPE: gl.constexpr = q_1.dtype
+    q_mem_1 = gl.allocate_shared_memory(DTYPE, [GROUPS, 1, 1, 1, ROWS, PART], q_1.layout)
+    u_mem_1 = gl.allocate_shared_memory(DTYPE, [GROUPS, 1, 1, 1, ROWS, PART], q_1.layout)
+    k_mem_1 = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, 1, BLOCK_N, PART], k_1.layout)
+    v_mem_1 = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, 1, BLOCK_N, PART], v_1.layout)
+    if D2 == 0:
+        q_mem_2, u_mem_2, k_mem_2, v_mem_2 = q_mem_1, u_mem_1, k_mem_1, v_mem_1
+    else:
+        q_mem_2 = gl.allocate_shared_memory(DTYPE, [GROUPS, 1, 1, 1, ROWS, D2], q_2.layout)
+        u_mem_2 = gl.allocate_shared_memory(DTYPE, [GROUPS, 1, 1, 1, ROWS, D2], q_2.layout)
+        k_mem_2 = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, 1, BLOCK_N, D2], k_2.layout)
+        v_mem_2 = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, 1, BLOCK_N, D2], v_2.layout)
+    r_mem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_N], r_tiles.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=GROUPS)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=GROUPS)
+    fence_async_shared()
+    # the tuples stand in the call: in a variable, their constants would become tensors
+    if GROUPS == 1:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    out_1, out_2, q_mem_1, u_mem_1, k_mem_1, v_mem_1, q_mem_2, u_mem_2, k_mem_2, v_mem_2, r_mem, q_full,
+                    q_empty, full, empty, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item, count,
+                    tokens, tokens_k, q_weight_stride, q_bias_stride, k_weight_stride, q_eps, fold_scale, score_scale,
+                    0, H, D, D2, Q_NORM, K_NORM, Q_WEIGHT, Q_BIAS, K_WEIGHT, FOLD, SAVE_LSE, TRY_FIXED_MAX, ROWS,
+                    BLOCK_N, STAGES, GROUPS,
+                )),
+                (load, (
+                    q_1, k_1, v_1, r_tiles, q_2, k_2, v_2, q_mem_1, k_mem_1, v_mem_1, q_mem_2, k_mem_2, v_mem_2, r_mem,
+                    q_full, q_empty, full, empty, items_ptr, first_item, count, tokens, tokens_k, slots, H, D2, K_NORM,
+                    GROUPS, ROWS, BLOCK_N, STAGES,
+                )),
+            ], [1], [LOADER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    out_1, out_2, q_mem_1, u_mem_1, k_mem_1, v_mem_1, q_mem_2, u_mem_2, k_mem_2, v_mem_2, r_mem, q_full,
+                    q_empty, full, empty, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item, count,
+                    tokens, tokens_k, q_weight_stride, q_bias_stride, k_weight_stride, q_eps, fold_scale, score_scale,
+                    0, H, D, D2, Q_NORM, K_NORM, Q_WEIGHT, Q_BIAS, K_WEIGHT, FOLD, SAVE_LSE, TRY_FIXED_MAX, ROWS,
+                    BLOCK_N, STAGES, GROUPS,
+                )),
+                (consume, (
+                    out_1, out_2, q_mem_1, u_mem_1, k_mem_1, v_mem_1, q_mem_2, u_mem_2, k_mem_2, v_mem_2, r_mem, q_full,
+                    q_empty, full, empty, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item, count,
+                    tokens, tokens_k, q_weight_stride, q_bias_stride, k_weight_stride, q_eps, fold_scale, score_scale,
+                    1, H, D, D2, Q_NORM, K_NORM, Q_WEIGHT, Q_BIAS, K_WEIGHT, FOLD, SAVE_LSE, TRY_FIXED_MAX, ROWS,
+                    BLOCK_N, STAGES, GROUPS,
+                )),
+                (load, (
+                    q_1, k_1, v_1, r_tiles, q_2, k_2, v_2, q_mem_1, k_mem_1, v_mem_1, q_mem_2, k_mem_2, v_mem_2, r_mem,
+                    q_full, q_empty, full, empty, items_ptr, first_item, count, tokens, tokens_k, slots, H, D2, K_NORM,
+                    GROUPS, ROWS, BLOCK_N, STAGES,
+                )),
+            ], [4, 1], [SPARE, LOADER_REGISTERS],
+        )  # fmt: skip
+
+
+def key_size_tiles(call: Any, index: int) -> Tensor:
+    """Room for r of each item's keys, float32 (H, items of the class, TILE); nothing without a norm of k."""
+    slots = call.grid(index)[0] // call.heads if call.norms.k_kind else 1
+    return call.q.new_empty((call.heads, slots, TILE.value), dtype=torch.float32)
+
+
+def forward_stream(
+    call: Any, index: int, launch: Any, out: Tensor, lse: Tensor, r_tiles: Tensor, save_lse: bool, fixed_max: bool
+) -> None:
+    """All items of the last class. launch: a row of the launch table; block_m: query rows of a program, TILE of them
+    or an even part."""
+    norms = call.norms
+    groups = launch.warps // 4
+    rows = launch.block_m // groups
+    first, second = parts(max(call.width, PART.value))
+    heights = dict(q=(call.q, rows), k=(call.k, launch.block_n), v=(call.v, launch.block_n), out=(out, rows))
+    descriptors: dict = {f"{name}_1": ragged(x, height, first) for name, (x, height) in heights.items()}
+    descriptors |= {f"{name}_2": ragged(x, height, second) if second else None for name, (x, height) in heights.items()}
+    r_descriptor = TensorDescriptor(r_tiles, [r_tiles.numel()], [1], [launch.block_n], shared_layout(0, 1, 32))
+    threads = 32 * (launch.warps + 4)
+    programs = multiprocessors(call.q.device) * (REGISTERS // (threads * launch.registers))
+    spare = (launch.registers * threads - LOADER_REGISTERS.value * 128) // (groups * 128) // 8 * 8
+    (count,) = call.grid(index)
+    hopper_forward_stream[(min(programs, count),)](
+        **descriptors, **call.weights(), **call.work(index), r_tiles=r_descriptor, count=count, slots=r_tiles.shape[1],
+        lse_ptr=lse, q_eps=norms.q_eps, fold_scale=call.fold_scale, score_scale=call.score_scale, H=call.heads,
+        D=call.width, D2=second, Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse,
+        TRY_FIXED_MAX=fixed_max, GROUPS=groups, ROWS=rows, BLOCK_N=launch.block_n, STAGES=launch.stages,
+        SPARE=min(spare, 240), num_warps=4, maxnreg=launch.registers,
+    )  # fmt: skip
