@@ -32,8 +32,11 @@ class _CallSite:
     def __init__(self, kernel: Any, arguments: dict[str, Any]) -> None:
         free = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
         self.tensors = [i for i, value in enumerate(arguments.values()) if isinstance(value, Tensor)]
+        maybe = (value is None or hasattr(value, "block_shape") for value in arguments.values())
+        self.descriptors = [i for i, value in enumerate(maybe) if value]  # of Gluon; None where a call has no need
         self.numbers = [i for i, name in enumerate(arguments) if name in free]
         self.compiled: dict[tuple, tuple[Any, list, list[tuple[int, int]]]] = {}
+        self.layouts: list[Any] = []  # kept, so that none but they has their ids
 
 
 _call_sites: dict[tuple, _CallSite] = {}
@@ -43,7 +46,8 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> No
     """kernel[grid](**arguments), at less cost on the host.
 
     Triton inspects every argument of every call. Here a compiled kernel is found by what it was compiled for: the dtype
-    and 16-byte alignment of each tensor, and the value of all else but the kernel's do_not_specialize numbers.
+    and 16-byte alignment of each tensor; the dtype, block and layout of each of Gluon's tensor descriptors; and the
+    value of all else but the kernel's do_not_specialize numbers.
     """
     name = (id(kernel), *arguments)
     values = list(arguments.values())
@@ -58,6 +62,9 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> No
         tensor = values[i]
         values[i] = address = tensor.data_ptr()
         key[i] = (tensor.dtype, address % 16 == 0)
+    for i in site.descriptors:
+        if (descriptor := values[i]) is not None:
+            key[i] = (descriptor.base.dtype, *descriptor.block_shape, id(descriptor.layout))
     for i in site.numbers:
         key[i] = None
     key.append(tensor.device.index)
@@ -65,7 +72,9 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> No
     if found is None:
         places = {name: place for place, name in enumerate(kernel.arg_names)}
         names = list(arguments)
-        changing = [(places[names[i]], i) for i in (*site.tensors, *site.numbers)]
+        descriptors = [i for i in site.descriptors if values[i] is not None]
+        changing = [(places[names[i]], i) for i in (*site.tensors, *descriptors, *site.numbers)]
+        site.layouts += [values[i].layout for i in descriptors]
         template = [arguments.get(name) for name in kernel.arg_names]
         for place, _ in changing:
             template[place] = None

@@ -164,11 +164,12 @@ WIDE = (  # from 88 to 128, measured at 128 with 8 heads
     ),
 )
 
-# Gluon. hopper_stream: warps that multiply; registers: of all warps, which the kernel then shares out.
-HOPPER_FORWARD = {  # by (NARROW, MIDDLE or WIDE; class)
-    (0, 4): Launch("hopper_stream", 128, 64, 4, 2, 128),
-    (1, 4): Launch("hopper_stream", 128, 64, 4, 2, 128),
-    (2, 4): Launch("hopper_stream", 128, 64, 8, 2, 168),
+# Gluon, by (NARROW, MIDDLE or WIDE; class). hopper_stream: warps that multiply; registers: of all warps, which the
+# kernel then shares out.
+HOPPER_FORWARD = {
+    (0, 4): Launch("hopper_stream", 128, 64, 4, 3, 128, 64),
+    (1, 4): Launch("hopper_stream", 128, 64, 4, 3, 128, 384),
+    (2, 4): Launch("hopper_stream", 128, 64, 8, 3, 168, 64),
 }
 HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (0, 0): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U32 488, on the pt mix 31; portable 495, 54"),

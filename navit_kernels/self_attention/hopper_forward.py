@@ -33,51 +33,54 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..plan import TILE as PLAN_TILE
-from .._jit import multiprocessors
-from .hopper_steps import PART, load_tile, parts, ragged, segment_rows, shared_layout
+from .._jit import launch_kernel, multiprocessors
+from .hopper_steps import PART, describe, load_tile, parts, ragged, segment_rows, shared_layout
 from .hopper_tile_steps import (
-    add_columns,
-    affine_rows,
     column_parts,
     load_vector,
+    matrix,
     multiply,
     read,
     row_dot,
-    row_statistics,
     row_sum,
     scale_all,
     scale_columns,
     start_dot_rows,
     store_tile,
-    widen,
+    wait_for,
     write,
 )
 from .kernel import FIXED_MAX_LIMIT
-from .steps import LAYER_NORM, NONE
+from .steps import L2, LAYER_NORM, NONE
 
-BLOCK = gl.constexpr(64)  # query rows of one product
 TILE = gl.constexpr(PLAN_TILE)
-E_SPLIT = gl.constexpr(os.environ.get("E_SPLIT", "1") == "1")
-E_NOEXP = gl.constexpr(os.environ.get("E_NOEXP", "0") == "1")
+E_LATE = gl.constexpr(int(os.environ.get("E_LATE", "2")))
 LOADER_REGISTERS = gl.constexpr(24)
 REGISTERS = 1 << 16  # of a multiprocessor
 
 
 @gluon.jit
 def load_work(
-    items_ptr, first_item, work, tokens, tokens_k, H: gl.constexpr, BLOCK_N: gl.constexpr, ITEMS: gl.constexpr
+    items_ptr, first_item, turn, count, tokens, tokens_k, H: gl.constexpr, BLOCK_N: gl.constexpr, ITEMS: gl.constexpr
 ):  # fmt: skip
-    """(h, q_start, q_length, k_start, k_length, tile, key tiles, row of r) of a tile; no key tiles where it is empty."""
+    """(h, q_start, q_length, k_start, k_length, tile, key tiles, row of r) of a program's turn-th work.
+
+    No key tiles where there is nothing to do. The programs take turns to and fro, so that none has the longest of every
+    turn.
+    """
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    place = turn * programs + gl.where(turn % 2 == 0, program, programs - 1 - program)
+    work = gl.minimum(place, count - 1)
     h = work % H
     base = items_ptr + (first_item + work // H) * 8
     q_start, k_start, tile = gl.load(base), gl.load(base + 2), gl.load(base + 4)
     # a plan of other lengths must not lead outside the tensors
     q_length = gl.minimum(gl.load(base + 1), tokens - q_start)
     k_length = gl.minimum(gl.load(base + 3), tokens_k - k_start)
-    key_tiles = gl.where((tile * TILE < q_length) & (tile % ITEMS == 0), gl.maximum(gl.cdiv(k_length, BLOCK_N), 1), 0)
+    busy = (place < count) & (tile * TILE < q_length) & (tile % ITEMS == 0)
+    key_tiles = gl.where(busy, gl.maximum(gl.cdiv(k_length, BLOCK_N), 1), 0)
     return h, q_start, q_length, k_start, k_length, tile, key_tiles, work // H - tile
 
 
@@ -107,9 +110,9 @@ def load(
     KEY_BYTES: gl.constexpr = BLOCK_N * ROW_BYTES + (BLOCK_N * 4 if K_NORM != NONE else 0)
     stage, phase, q_phase = 0, 1, 1
     v_start, v_length, v_h, v_row = 0, 0, 0, -1  # of the tile before
-    for work in range(gl.program_id(0), count, gl.num_programs(0)):
+    for turn in range(gl.cdiv(count, gl.num_programs(0))):
         h, q_start, q_length, k_start, k_length, tile, key_tiles, slot = load_work(
-            items_ptr, first_item, work, tokens, tokens_k, H, BLOCK_N, GROUPS * ROWS // TILE
+            items_ptr, first_item, turn, count, tokens, tokens_k, H, BLOCK_N, GROUPS * ROWS // TILE
         )
         if key_tiles > 0:
             mbarrier.wait(q_empty, q_phase)
@@ -136,64 +139,83 @@ def load(
 
 
 @gluon.jit
-def fold_rows(
-    q, gain, shift, q_eps, fold_scale, Q_NORM: gl.constexpr, CENTRE: gl.constexpr, GAIN: gl.constexpr,
-    SHIFT: gl.constexpr, DTYPE: gl.constexpr, D: gl.constexpr,
-):  # fmt: skip
-    """u of raw query rows, in float32 but of DTYPE's values; see steps.fold_query."""
-    if Q_NORM != NONE:
-        r, offset = row_statistics(q, q_eps, Q_NORM, D)
-        u = affine_rows(q, r * fold_scale, offset * fold_scale, D)
-    else:
-        u = scale_all(q, fold_scale)
-    if GAIN:
-        u = scale_columns(u, gain)
-    if SHIFT:
-        u = add_columns(u, scale_all(shift, fold_scale))
-    if CENTRE:
-        mean = row_sum(u) / D
-        u = affine_rows(u, mean * 0 + 1.0, -mean, D)
-    rounded = round_to(u, DTYPE)
-    if CENTRE:
-        residue = row_sum(rounded)
-        size = gl.abs(u[0])
-        cols = gl.arange(0, PART, gl.SliceLayout(0, size.type.layout))[None, :]
-        if D < PART:
-            size = gl.where(cols < D, size, float("inf"))
-        smallest = gl.min(gl.where(size == gl.min(size, 1)[:, None], cols, PART), 1)
-        first = gl.where(cols == smallest[:, None], rounded[0] - residue[:, None], rounded[0])
-        if len(u) == 1:
-            rounded = round_to((first,), DTYPE)
-        else:
-            rounded = round_to((first, rounded[1]), DTYPE)
-    return rounded
-
-
-@gluon.jit
 def round_to(x, DTYPE: gl.constexpr):
+    """x rounded to DTYPE, in float32; for bfloat16 in fewer instructions than the compiler takes."""
+    if DTYPE == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }",
+            "=r,=r,r,r", [x], dtype=gl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return x.to(DTYPE).to(gl.float32)
+
+
+@gluon.jit
+def fold_part(
+    x, r, offset, gain, shift, mean, START: gl.constexpr, GAIN: gl.constexpr, SHIFT: gl.constexpr, CENTRE: gl.constexpr,
+    D: gl.constexpr,
+):  # fmt: skip
+    layout: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    u = x * gl.convert_layout(r, layout)[:, None] + gl.convert_layout(offset, layout)[:, None]
+    if CENTRE:
+        add = -gl.convert_layout(mean, layout)[:, None]
+        if SHIFT:
+            add = add + shift[None, :]
+        u = u * gain[None, :] + add if GAIN else u + add
+    elif GAIN:
+        u = u * gain[None, :] + shift[None, :] if SHIFT else u * gain[None, :]
+    elif SHIFT:
+        u = u + shift[None, :]
+    if START + x.shape[1] > D:
+        inside = START + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout)) < D
+        u = gl.where(inside[None, :], u, 0.0)
+    return u
+
+
+@gluon.jit
+def fold_rows(
+    x, gain, shift, gain_sum, shift_sum, q_eps, fold_scale, Q_NORM: gl.constexpr, CENTRE: gl.constexpr,
+    GAIN: gl.constexpr, SHIFT: gl.constexpr, DTYPE: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """u of raw query rows, in float32, to be rounded to DTYPE; see steps.fold_query. shift comes times fold_scale.
+
+    One sweep takes the sums of x, x² and x·gain, from which both means follow: x is 16-bit, so that nothing cancels
+    in float32 that was there. A second sweep makes u.
+    """
+    total = row_sum(x)
+    r, offset = gl.zeros_like(total) + fold_scale, gl.zeros_like(total)
+    if Q_NORM != NONE:
+        square = row_dot(x, x)
+        if Q_NORM == LAYER_NORM:
+            mean = total / D
+            square = gl.maximum(square - mean * total, 0.0)
+        if Q_NORM == L2:
+            r = fold_scale * gl.sqrt(gl.to_tensor(D + 0.0)) / gl.maximum(gl.sqrt(square), q_eps)
+        else:
+            r = fold_scale * gl.rsqrt(square / D + q_eps)
+        if Q_NORM == LAYER_NORM:
+            offset = -mean * r
+    u_mean = offset
+    if CENTRE:
+        u_mean = ((row_sum(scale_columns(x, gain)) if GAIN else total) * r + offset * gain_sum + shift_sum) * (1.0 / D)
+    first = fold_part(x[0], r, offset, gain[0], shift[0], u_mean, 0, GAIN, SHIFT, CENTRE, D)
+    rounded = round_to(first, DTYPE)
     if len(x) == 1:
-        return (x[0].to(DTYPE).to(gl.float32),)
+        u = (rounded,)
     else:
-        return (x[0].to(DTYPE).to(gl.float32), x[1].to(DTYPE).to(gl.float32))
-
-
-@gluon.jit
-def block_of(tiles, i, block, HEIGHT: gl.constexpr, D2: gl.constexpr):
-    """64 rows of tile i as matrices."""
-    first = tiles[0].index(i).reshape([HEIGHT, PART]).slice(block * BLOCK, BLOCK)
-    if D2 == 0:
-        return (first,)
-    else:
-        return (first, tiles[1].index(i).reshape([HEIGHT, D2]).slice(block * BLOCK, BLOCK))
-
-
-@gluon.jit
-def matrix(tiles, i, HEIGHT: gl.constexpr, D2: gl.constexpr):
-    first = tiles[0].index(i).reshape([HEIGHT, PART])
-    if D2 == 0:
-        return (first,)
-    else:
-        return (first, tiles[1].index(i).reshape([HEIGHT, D2]))
+        second = fold_part(x[1], r, offset, gain[1], shift[1], u_mean, PART, GAIN, SHIFT, CENTRE, D)
+        u = (rounded, round_to(second, DTYPE))
+    if CENTRE:
+        residue = row_sum(u)
+        cols = gl.arange(0, PART, gl.SliceLayout(0, first.type.layout))[None, :]
+        # magnitude above, column below: the smallest's column, all but ties to 17 bits
+        size = (first.to(gl.int32, bitcast=True) & 0x7FFFFFC0) | cols
+        if D < PART:
+            size = gl.where(cols < D, size, 0x7FFFFFFF)
+        smallest = gl.min(size, 1) & 0x3F
+        rounded = gl.where(cols == smallest[:, None], rounded - residue[:, None], rounded)
+        u = (rounded,) if len(x) == 1 else (rounded, u[1])
+    return u
 
 
 @gluon.jit
@@ -208,13 +230,34 @@ def add_dot_values(p, y, acc):
 
 
 @gluon.jit
-def fold_sum(p):
+def block_boundary():
+    """A branch that is never taken: the compiler moves no wait over it."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; mov.b32 $0, $1; LOOP: activemask.b32 $0; setp.eq.u32 p, $0, 0; @p bra LOOP; }",
+        "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def opaque_zero():
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
+    )  # fmt: skip
+
+
+@gluon.jit
+def vector_sum(x):
+    return gl.sum(x[0], 0) if len(x) == 1 else gl.sum(x[0], 0) + gl.sum(x[1], 0)
+
+
+@gluon.jit
+def thread_sums(p):
     """Sums of the columns that a thread holds."""
     return gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), 1)
 
 
 @gluon.jit
-def softmax_step(s, r, m, l, valid, score_scale, MASKED: gl.constexpr, FIXED: gl.constexpr, SCALED: gl.constexpr):
+def softmax_step(s, r, m, l, valid, MASKED: gl.constexpr, FIXED: gl.constexpr, SCALED: gl.constexpr):
     """(P, m, l, what acc is to be multiplied by) after the scores of one more tile."""
     if SCALED:
         s = s * r[None, :]
@@ -227,8 +270,42 @@ def softmax_step(s, r, m, l, valid, score_scale, MASKED: gl.constexpr, FIXED: gl
         rescale = gl.exp2(m - safe)
         m = safe
         l = l * gl.convert_layout(rescale, gl.SliceLayout(1, l.type.layout))[:, None]
-    p = s - m[:, None] if E_NOEXP else gl.exp2(s - m[:, None])
-    return p, m, l + fold_sum(p), rescale
+    p = gl.exp2(s - m[:, None])
+    return p, m, l + thread_sums(p), rescale
+
+
+@gluon.jit
+def stream_step(
+    acc, p, m, l, u, zero, valid, k_mem, v_mem, r_mem, full, empty, stage, phase, score_scale, D2: gl.constexpr,
+    K_NORM: gl.constexpr, FOLD: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, FIXED: gl.constexpr,
+):  # fmt: skip
+    """One stage: P of its keys, and acc with the P of the step before and its values."""
+    PARTS: gl.constexpr = len(acc)
+    ROWS: gl.constexpr = zero.shape[0]
+    SCALED: gl.constexpr = K_NORM != NONE or not FOLD
+    LATE: gl.constexpr = D2 == 0 if E_LATE == 2 else E_LATE == 1
+    mbarrier.wait(full.index(stage), phase)
+    s = start_dot_rows(u, matrix(k_mem, stage, BLOCK_N, D2), zero, 0, ROWS)
+    sums = add_dot_values(p, matrix(v_mem, stage, BLOCK_N, D2), acc)
+    r = load_r(r_mem, stage, score_scale, gl.SliceLayout(0, zero.type.layout), K_NORM, FOLD, BLOCK_N)
+    s = warpgroup_mma_wait(PARTS, deps=[s])
+    p_next, m, l, rescale = softmax_step(s, r, m, l, valid, False, FIXED, SCALED)
+    if not LATE:
+        p_next = gl.convert_layout(p_next.to(p.dtype), p.type.layout)
+    block_boundary()  # and P as a dep of the wait: the compiler moves P over neither
+    if D2 == 0:
+        acc_1, p, p_next = warpgroup_mma_wait(0, deps=[sums[0], p, p_next])
+        acc = (acc_1,)
+    else:
+        acc_1, acc_2, p, p_next = warpgroup_mma_wait(0, deps=[sums[0], sums[1], p, p_next])
+        acc = (acc_1, acc_2)
+    if LATE:
+        p_next = gl.convert_layout(p_next.to(p.dtype), p.type.layout)
+    mbarrier.arrive(empty.index(stage))
+    if not FIXED:
+        acc = scale_rows(acc, rescale)
+    stage, phase = next_stage(stage, phase, STAGES)
+    return acc, p_next, m, l, stage, phase
 
 
 @gluon.jit
@@ -240,7 +317,6 @@ def attend(
     """All keys of a segment for ROWS rows of u, and out and lse. Returns stage and phase of the next item's keys."""
     DTYPE: gl.constexpr = u_mem[0].dtype
     PARTS: gl.constexpr = len(u_mem)
-    BLOCKS: gl.constexpr = ROWS // BLOCK
     mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     mma_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     mma_2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2 or 16, 16])
@@ -248,79 +324,41 @@ def attend(
     col_s: gl.constexpr = gl.SliceLayout(0, mma_s)
     row_s: gl.constexpr = gl.SliceLayout(1, mma_s)
     SCALED: gl.constexpr = K_NORM != NONE or not FOLD
-    zero_s = gl.zeros([BLOCK, BLOCK_N], gl.float32, mma_s)
+    zero_s = gl.zeros([ROWS, BLOCK_N], gl.float32, mma_s)
     u = matrix(u_mem, GROUP, ROWS, D2)
 
     # ---- the segment's last keys, masked
     mbarrier.wait(full.index(stage), phase)
-    k = matrix(k_mem, stage, BLOCK_N, D2)
-    s = ()
-    for c in gl.static_range(BLOCKS):
-        s = s + (start_dot_rows(u, k, zero_s, c * BLOCK, BLOCK),)  # noqa: RUF005
+    s = start_dot_rows(u, matrix(k_mem, stage, BLOCK_N, D2), zero_s, 0, ROWS)
     r = load_r(r_mem, stage, score_scale, col_s, K_NORM, FOLD, BLOCK_N)
     valid = (key_tiles - 1) * BLOCK_N + gl.arange(0, BLOCK_N, col_s) < k_length
-    p, m, l, acc = (), (), (), ()
-    for c in gl.static_range(BLOCKS):
-        s_c = warpgroup_mma_wait((BLOCKS - 1 - c) * PARTS, deps=[s[c]])
-        m_c = bound[c] if FIXED else gl.full([BLOCK], -float("inf"), gl.float32, row_s)
-        p_c, m_c, l_c, _ = softmax_step(
-            s_c, r, m_c, fold_sum(zero_s), valid, score_scale, True, FIXED, SCALED
-        )  # fmt: skip
-        p = p + (gl.convert_layout(p_c.to(DTYPE), operand),)  # noqa: RUF005
-        m, l = m + (m_c,), l + (l_c,)  # noqa: RUF005
-        acc = acc + (gl.zeros([BLOCK, PART], gl.float32, mma_1),)  # noqa: RUF005
-        if D2 != 0:
-            acc = acc + (gl.zeros([BLOCK, D2 or 16], gl.float32, mma_2),)  # noqa: RUF005
+    s = warpgroup_mma_wait(0, deps=[s])
+    m = bound if FIXED else gl.full([ROWS], -float("inf"), gl.float32, row_s)
+    p, m, l, _ = softmax_step(s, r, m, thread_sums(zero_s), valid, True, FIXED, SCALED)
+    p = gl.convert_layout(p.to(DTYPE), operand)
+    zero_1 = gl.zeros([ROWS, PART], gl.float32, mma_1)
+    acc = column_parts(zero_1, zero_1 if D2 == 0 else gl.zeros([ROWS, D2 or 16], gl.float32, mma_2), D2)
     mbarrier.arrive(empty.index(stage))
     stage, phase = next_stage(stage, phase, STAGES)
 
     for _ in range(1, key_tiles):
-        mbarrier.wait(full.index(stage), phase)
-        k, v = matrix(k_mem, stage, BLOCK_N, D2), matrix(v_mem, stage, BLOCK_N, D2)
-        s, sums = (), ()
-        for c in gl.static_range(BLOCKS):
-            s = s + (start_dot_rows(u, k, zero_s, c * BLOCK, BLOCK),)  # noqa: RUF005
-        for c in gl.static_range(BLOCKS):
-            sums = sums + add_dot_values(p[c], v, acc[c * PARTS : (c + 1) * PARTS])
-        r = load_r(r_mem, stage, score_scale, col_s, K_NORM, FOLD, BLOCK_N)
-        p_next, m_next, l_next, rescale = (), (), (), ()
-        for c in gl.static_range(BLOCKS):
-            if c > 0 and E_SPLIT:
-                mbarrier.wait(full.index(stage), phase)
-            done = warpgroup_mma_wait((2 * BLOCKS - 1 - c) * PARTS, deps=(s[c],) + p_next)  # noqa: RUF005
-            s_c, p_next = (done, ()) if c == 0 else (done[0], done[1:])
-            p_c, m_c, l_c, rescale_c = softmax_step(s_c, r, m[c], l[c], valid, score_scale, False, FIXED, SCALED)
-            p_next = p_next + (gl.convert_layout(p_c.to(DTYPE), operand),)  # noqa: RUF005
-            m_next, l_next, rescale = m_next + (m_c,), l_next + (l_c,), rescale + (rescale_c,)  # noqa: RUF005
-        # P is a dep of the wait, and a wait for what has long come stands before it: the compiler moves P over neither
-        mbarrier.wait(full.index(stage), phase)
-        done = warpgroup_mma_wait(0, deps=sums + p + p_next)
-        mbarrier.arrive(empty.index(stage))
-        acc, p, m, l = done[: BLOCKS * PARTS], done[BLOCKS * PARTS + BLOCKS :], m_next, l_next
-        if not FIXED:
-            acc = rescale_blocks(acc, rescale, PARTS)
-        stage, phase = next_stage(stage, phase, STAGES)
+        acc, p, m, l, stage, phase = stream_step(
+            acc, p, m, l, u, zero_s, valid, k_mem, v_mem, r_mem, full, empty, stage, phase, score_scale, D2, K_NORM,
+            FOLD, BLOCK_N, STAGES, FIXED,
+        )  # fmt: skip
 
+    # ---- the last tile's values, which came with the next item's keys
     mbarrier.wait(full.index(stage), phase)
-    v = matrix(v_mem, stage, BLOCK_N, D2)
-    sums = ()
-    for c in gl.static_range(BLOCKS):
-        sums = sums + add_dot_values(p[c], v, acc[c * PARTS : (c + 1) * PARTS])
-    done = warpgroup_mma_wait(0, deps=sums + p)
-    for c in gl.static_range(BLOCKS):
-        total = gl.convert_layout(gl.sum(l[c], 1), row_s)
-        inverse = gl.where(total == 0, 0.0, 1.0 / total)
-        for part in gl.static_range(PARTS):
-            acc_c = done[c * PARTS + part]
-            values = acc_c * gl.convert_layout(inverse, gl.SliceLayout(1, acc_c.type.layout))[:, None]
-            u[part].slice(c * BLOCK, BLOCK).store(values.to(DTYPE))
-        if SAVE_LSE:
-            rows = row + c * BLOCK + gl.arange(0, BLOCK, row_s)
-            lse = gl.where(total == 0, -float("inf"), m[c] + gl.log2(total))
-            gl.store(lse_ptr + h.to(gl.int64) * tokens + q_start + rows, lse, mask=rows < q_length)
-    fence_async_shared()
-    for part in gl.static_range(PARTS):
-        store_tile(out[part], segment_rows(q_start, q_length, row, h, part * PART), u_mem[part].index(GROUP))
+    acc = wait_for(add_dot_values(p, matrix(v_mem, stage, BLOCK_N, D2), acc), 0)
+    total = gl.convert_layout(gl.sum(l, 1), row_s)
+    acc = scale_rows(acc, gl.where(total == 0, 0.0, 1.0 / total))
+    write(u, acc)
+    for c in gl.static_range(PARTS):
+        store_tile(out[c], segment_rows(q_start, q_length, row, h, c * PART), u_mem[c].index(GROUP))
+    if SAVE_LSE:
+        rows = row + gl.arange(0, ROWS, row_s)
+        lse = gl.where(total == 0, -float("inf"), m + gl.log2(total))
+        gl.store(lse_ptr + h.to(gl.int64) * tokens + q_start + rows, lse, mask=rows < q_length)
     return stage, phase
 
 
@@ -335,12 +373,13 @@ def load_r(r_mem, stage, score_scale, layout: gl.constexpr, K_NORM: gl.constexpr
 
 
 @gluon.jit
-def rescale_blocks(acc, by, PARTS: gl.constexpr):
-    scaled = ()
-    for i in gl.static_range(len(acc)):
-        factor = gl.convert_layout(by[i // PARTS], gl.SliceLayout(1, acc[i].type.layout))
-        scaled = scaled + (acc[i] * factor[:, None],)  # noqa: RUF005
-    return scaled
+def scale_rows(x, by):
+    """x[i, :] · by[i]."""
+    first = x[0] * gl.convert_layout(by, gl.SliceLayout(1, x[0].type.layout))[:, None]
+    if len(x) == 1:
+        return (first,)
+    else:
+        return (first, x[1] * gl.convert_layout(by, gl.SliceLayout(1, x[1].type.layout))[:, None])
 
 
 @gluon.jit
@@ -355,7 +394,6 @@ def consume(
     out = column_parts(out_1, out_2, D2)
     q_mem, u_mem = column_parts(q_mem_1, q_mem_2, D2), column_parts(u_mem_1, u_mem_2, D2)
     k_mem, v_mem = column_parts(k_mem_1, k_mem_2, D2), column_parts(v_mem_1, v_mem_2, D2)
-    BLOCKS: gl.constexpr = ROWS // BLOCK
     GAIN: gl.constexpr = Q_WEIGHT or K_WEIGHT
     CENTRE: gl.constexpr = K_NORM == LAYER_NORM
     DTYPE: gl.constexpr = u_mem_1.dtype
@@ -364,43 +402,46 @@ def consume(
     layouts: gl.constexpr = (rows_1, rows_2)
     row_s: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
     stage, phase, q_phase = 0, 0, 0
-    for work in range(gl.program_id(0), count, gl.num_programs(0)):
-        h, q_start, q_length, k_start, k_length, tile, key_tiles, slot = load_work(
-            items_ptr, first_item, work, tokens, tokens_k, H, BLOCK_N, GROUPS * ROWS // TILE
-        )
+    next_work = load_work(items_ptr, first_item, 0, count, tokens, tokens_k, H, BLOCK_N, GROUPS * ROWS // TILE)
+    for turn in range(gl.cdiv(count, gl.num_programs(0))):
+        h, q_start, q_length, k_start, k_length, tile, key_tiles, slot = next_work
+        next_work = load_work(  # early: its loads take as long as a step
+            items_ptr, first_item, turn + 1, count, tokens, tokens_k, H, BLOCK_N, GROUPS * ROWS // TILE
+        )  # fmt: skip
         row = tile * TILE + GROUP * ROWS
         if key_tiles > 0:
-            gain = ()
-            shift = ()
+            gain, shift = (None, None), (None, None)
+            here = opaque_zero()  # so that weights are not kept over the turns, in registers that spill
             if GAIN:
-                k_weight = load_vector(k_weight_ptr + h * k_weight_stride, K_WEIGHT, 1.0, layouts, D, D2)
-                q_weight = load_vector(q_weight_ptr + h * q_weight_stride, Q_WEIGHT, 1.0, layouts, D, D2)
+                k_weight = load_vector(k_weight_ptr + h * k_weight_stride + here, K_WEIGHT, 1.0, layouts, D, D2)
+                q_weight = load_vector(q_weight_ptr + h * q_weight_stride + here, Q_WEIGHT, 1.0, layouts, D, D2)
                 gain = multiply(q_weight, k_weight)
             if Q_BIAS:
-                shift = load_vector(q_bias_ptr + h * q_bias_stride, Q_BIAS, 0.0, layouts, D, D2)
+                shift = load_vector(q_bias_ptr + h * q_bias_stride + here, Q_BIAS, 0.0, layouts, D, D2)
                 if GAIN:
                     shift = multiply(shift, k_weight)
+                shift = scale_all(shift, fold_scale)
+            gain_sum, shift_sum = gl.to_tensor(D + 0.0), gl.to_tensor(0.0)
+            if CENTRE and GAIN:
+                gain_sum = vector_sum(gain)
+            if CENTRE and Q_BIAS:
+                shift_sum = vector_sum(shift)
             mbarrier.wait(q_full, q_phase)
             tma.store_wait(0)
-            bound = ()
-            largest = gl.to_tensor(0.0)
-            for c in gl.static_range(BLOCKS):
-                u = read(block_of(q_mem, GROUP, c, ROWS, D2), layouts)
-                if FOLD:
-                    u = fold_rows(
-                        u, gain, shift, q_eps, fold_scale, Q_NORM, CENTRE, GAIN, Q_BIAS, DTYPE, D
-                    )  # fmt: skip
-                write(block_of(u_mem, GROUP, c, ROWS, D2), u)
-                if TRY_FIXED_MAX:
-                    bound_c = gl.sqrt(row_dot(u, u) * D)
-                    if not FOLD:
-                        bound_c = bound_c * score_scale
-                    largest = gl.maximum(largest, gl.max(bound_c, 0))
-                    bound = bound + (gl.convert_layout(bound_c, row_s),)  # noqa: RUF005
+            u = read(matrix(q_mem, GROUP, ROWS, D2), layouts)
+            if FOLD:
+                u = fold_rows(
+                    u, gain, shift, gain_sum, shift_sum, q_eps, fold_scale, Q_NORM, CENTRE, GAIN, Q_BIAS, DTYPE, D
+                )  # fmt: skip
+            write(matrix(u_mem, GROUP, ROWS, D2), u)
             mbarrier.arrive(q_empty)
             q_phase ^= 1
+            bound = gl.zeros([ROWS], gl.float32, row_s)
             if TRY_FIXED_MAX:
-                if largest <= FIXED_MAX_LIMIT:
+                bound = gl.convert_layout(gl.sqrt(row_dot(u, u) * D), row_s)
+                if not FOLD:
+                    bound = bound * score_scale
+                if gl.max(bound, 0) <= FIXED_MAX_LIMIT:
                     stage, phase = attend(
                         out, q_start, q_length, k_length, row, h, key_tiles, bound, u_mem, k_mem, v_mem, r_mem, full,
                         empty, stage, phase, lse_ptr, tokens, score_scale, GROUP, D2, K_NORM, FOLD, SAVE_LSE, ROWS,
@@ -519,12 +560,13 @@ def forward_stream(
     heights = dict(q=(call.q, rows), k=(call.k, launch.block_n), v=(call.v, launch.block_n), out=(out, rows))
     descriptors: dict = {f"{name}_1": ragged(x, height, first) for name, (x, height) in heights.items()}
     descriptors |= {f"{name}_2": ragged(x, height, second) if second else None for name, (x, height) in heights.items()}
-    r_descriptor = TensorDescriptor(r_tiles, [r_tiles.numel()], [1], [launch.block_n], shared_layout(0, 1, 32))
+    r_descriptor = describe(r_tiles, [r_tiles.numel()], [1], [launch.block_n], shared_layout(0, 1, 32))
     threads = 32 * (launch.warps + 4)
     programs = multiprocessors(call.q.device) * (REGISTERS // (threads * launch.registers))
     spare = (launch.registers * threads - LOADER_REGISTERS.value * 128) // (groups * 128) // 8 * 8
     (count,) = call.grid(index)
-    hopper_forward_stream[(min(programs, count),)](
+    launch_kernel(
+        hopper_forward_stream, (min(programs, count),),
         **descriptors, **call.weights(), **call.work(index), r_tiles=r_descriptor, count=count, slots=r_tiles.shape[1],
         lse_ptr=lse, q_eps=norms.q_eps, fold_scale=call.fold_scale, score_scale=call.score_scale, H=call.heads,
         D=call.width, D2=second, Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse,

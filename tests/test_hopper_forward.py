@@ -1,0 +1,74 @@
+"""Hopper's forward of long segments, compiled ahead of time: what keeps its programs side by side and its products
+asynchronous. What it computes is tested with varlen_attention's other kernels, on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches
+from attention_checks import BF16, FP16, Case
+from test_hopper_backward_tile import PER_MULTIPROCESSOR, machine_code
+
+from navit_kernels.head_norm import NORM_CODES
+from navit_kernels.plan import CLASSES
+from navit_kernels.self_attention.config import choose_config
+
+
+def compile_case(case: Case) -> Compiled:
+    from navit_kernels.self_attention import hopper_forward, launch
+
+    tensors = case.inputs("meta")
+    q, k, v = (tensors[name] for name in ("q", "k", "v"))
+    norms = launch.Norms(
+        NORM_CODES[case.q_kind], tensors.get("q_weight"), tensors.get("q_bias"), 1e-6, NORM_CODES[case.k_kind],
+        tensors.get("k_weight"), 1e-6,
+    )  # fmt: skip
+    plan = case.plan("meta")
+    host_offsets = plan.host_offsets if case.planned else None
+    call = launch.Launcher(q, k, v, norms, case.width**-0.5, plan.items, plan.offsets, host_offsets)
+    index = CLASSES - 1
+    config = choose_config(90, case.width, index, 16, gluon=True)
+    assert config.forward.kernel == "hopper_stream"
+    lse = torch.empty(case.heads, q.shape[0], device="meta")
+    fixed_max = config.fixed_max and norms.k_kind != 0 and case.dtype != FP16
+    (compiled,) = compile_launches(
+        "sm_90",
+        lambda: hopper_forward.forward_stream(
+            call, index, config.forward, torch.empty_like(q), lse, hopper_forward.key_size_tiles(call, index), True,
+            fixed_max,
+        ),
+    )  # fmt: skip
+    return compiled
+
+
+@pytest.mark.compile_only
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((300,), 16, 64, BF16),
+        Case((300,), 16, 64, FP16, "l2", "rms_norm", "per head", bias=False),
+        Case((300,), 16, 64, BF16, None, None),
+        Case((300,), 16, 72, BF16),
+        Case((300,), 16, 80, FP16),
+        Case((300,), 8, 128, BF16, bias=False),
+        Case((300,), 8, 96, BF16, None, "rms_norm"),
+        Case((300,), 8, 48, BF16),
+    ],
+    ids=str,
+)
+def test_programs_fit_and_products_are_asynchronous(case: Case) -> None:
+    """As many programs side by side as the launch table says, and one wait for each that the code waits for: the
+    compiler can serialize products, with a wait after every instruction."""
+    launch = choose_config(90, case.width, CLASSES - 1, 16, gluon=True).forward
+    assert launch.registers is not None
+    one = compile_case(case)
+    assert one.spills <= launch.spills, f"spills {one.spills} bytes"
+    assert one.registers <= launch.registers
+    programs = (1 << 16) // (launch.registers * 32 * (launch.warps + 4))
+    assert programs == (2 if launch.warps == 4 else 1)
+    assert one.shared <= SHARED_MEMORY_LIMIT["sm_90"]
+    assert (one.shared + 1024) * programs <= PER_MULTIPROCESSOR
+    code = machine_code(one)
+    assert "wgmma.mma_async" in one.asm["ptx"]
+    assert "HGMMA" in code
+    assert code.count("WARPGROUP.DEPBAR") == one.asm["ptx"].count("wgmma.wait_group")
