@@ -103,6 +103,7 @@ def gpu_cases() -> Iterator[Case]:
     for kinds in ({"q_kind": "rms_norm", "k_kind": "l2"}, {"q_kind": None, "k_kind": None}):
         yield from (replace(MAIN, **kinds), *hard(replace(MAIN, **kinds)))
     yield from (CROSS, replace(CROSS, planned=False), replace(MAIN, q_kind=None), replace(MAIN, k_kind=None))
+    yield replace(MAIN, lengths=(300, 20, 600, 0, 300), lengths_k=(20, 300, 1000, 257, 0))
 
 
 @pytest.mark.gpu

@@ -1,8 +1,9 @@
 """Varlen attention, forward of long segments on Hopper, in Gluon. The maths stands in kernel.py.
 
-Programs stay and take items in turn, the longest segments first. In each, one warp loads by TMA and GROUPS warpgroups
-multiply, ROWS query rows each of one tile of an item, in blocks of 64 rows: the softmax of a block runs under the
-products of the others. Two programs share a multiprocessor where registers allow it.
+Programs stay and take work in turns, an item's head at a time, the longest segments first. In each, one warp loads by
+TMA and GROUPS warpgroups multiply, ROWS query rows each. A warpgroup's products run under its own softmax (P of a tile
+of keys is multiplied while the next tile's P is made) and under that of the multiprocessor's other warpgroup, which is
+another program's where registers allow two.
 
     loader        q ──q_full── → q_mem         r, K, V ──full── → stages          (q_empty, empty: free again)
     warpgroups    u = fold(q) → u_mem; per stage:  S = u·Kᵀ   acc += P·V   P = exp2(S·r − m);   out → u_mem → TMA
@@ -19,23 +20,29 @@ T tokens, H heads, D head width.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from ..plan import TILE as PLAN_TILE
 from .._jit import launch_kernel, multiprocessors
+from ..plan import TILE as PLAN_TILE
+from .config import Launch
+from .hopper_forward_steps import (
+    add_dot_values,
+    fold_rows,
+    load_r,
+    next_stage,
+    opaque_zero,
+    scale_rows,
+    softmax_step,
+    stream_step,
+    thread_sums,
+    vector_sum,
+)
 from .hopper_steps import PART, describe, load_tile, parts, ragged, segment_rows, shared_layout
 from .hopper_tile_steps import (
     column_parts,
@@ -44,26 +51,23 @@ from .hopper_tile_steps import (
     multiply,
     read,
     row_dot,
-    row_sum,
     scale_all,
-    scale_columns,
     start_dot_rows,
     store_tile,
     wait_for,
     write,
 )
 from .kernel import FIXED_MAX_LIMIT
-from .steps import L2, LAYER_NORM, NONE
+from .steps import LAYER_NORM, NONE
 
 TILE = gl.constexpr(PLAN_TILE)
-E_LATE = gl.constexpr(int(os.environ.get("E_LATE", "2")))
 LOADER_REGISTERS = gl.constexpr(24)
 REGISTERS = 1 << 16  # of a multiprocessor
 
 
 @gluon.jit
 def load_work(
-    items_ptr, first_item, turn, count, tokens, tokens_k, H: gl.constexpr, BLOCK_N: gl.constexpr, ITEMS: gl.constexpr
+    items_ptr, first_item, turn, count, tokens, tokens_k, H: gl.constexpr, BLOCK_N: gl.constexpr
 ):  # fmt: skip
     """(h, q_start, q_length, k_start, k_length, tile, key tiles, row of r) of a program's turn-th work.
 
@@ -79,15 +83,8 @@ def load_work(
     # a plan of other lengths must not lead outside the tensors
     q_length = gl.minimum(gl.load(base + 1), tokens - q_start)
     k_length = gl.minimum(gl.load(base + 3), tokens_k - k_start)
-    busy = (place < count) & (tile * TILE < q_length) & (tile % ITEMS == 0)
-    key_tiles = gl.where(busy, gl.maximum(gl.cdiv(k_length, BLOCK_N), 1), 0)
+    key_tiles = gl.where((place < count) & (tile * TILE < q_length), gl.maximum(gl.cdiv(k_length, BLOCK_N), 1), 0)
     return h, q_start, q_length, k_start, k_length, tile, key_tiles, work // H - tile
-
-
-@gluon.jit
-def next_stage(stage, phase, STAGES: gl.constexpr):
-    last = stage == STAGES - 1
-    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -112,7 +109,7 @@ def load(
     v_start, v_length, v_h, v_row = 0, 0, 0, -1  # of the tile before
     for turn in range(gl.cdiv(count, gl.num_programs(0))):
         h, q_start, q_length, k_start, k_length, tile, key_tiles, slot = load_work(
-            items_ptr, first_item, turn, count, tokens, tokens_k, H, BLOCK_N, GROUPS * ROWS // TILE
+            items_ptr, first_item, turn, count, tokens, tokens_k, H, BLOCK_N
         )
         if key_tiles > 0:
             mbarrier.wait(q_empty, q_phase)
@@ -136,176 +133,6 @@ def load(
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(full.index(stage), BLOCK_N * ROW_BYTES)
         load_columns(v_in, v_mem, stage, full.index(stage), v_start, v_length, v_row, v_h)
-
-
-@gluon.jit
-def round_to(x, DTYPE: gl.constexpr):
-    """x rounded to DTYPE, in float32; for bfloat16 in fewer instructions than the compiler takes."""
-    if DTYPE == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "{ .reg .b32 t; cvt.rn.bf16x2.f32 t, $3, $2; shl.b32 $0, t, 16; and.b32 $1, t, 0xffff0000; }",
-            "=r,=r,r,r", [x], dtype=gl.float32, is_pure=True, pack=2,
-        )  # fmt: skip
-    else:
-        return x.to(DTYPE).to(gl.float32)
-
-
-@gluon.jit
-def fold_part(
-    x, r, offset, gain, shift, mean, START: gl.constexpr, GAIN: gl.constexpr, SHIFT: gl.constexpr, CENTRE: gl.constexpr,
-    D: gl.constexpr,
-):  # fmt: skip
-    layout: gl.constexpr = gl.SliceLayout(1, x.type.layout)
-    u = x * gl.convert_layout(r, layout)[:, None] + gl.convert_layout(offset, layout)[:, None]
-    if CENTRE:
-        add = -gl.convert_layout(mean, layout)[:, None]
-        if SHIFT:
-            add = add + shift[None, :]
-        u = u * gain[None, :] + add if GAIN else u + add
-    elif GAIN:
-        u = u * gain[None, :] + shift[None, :] if SHIFT else u * gain[None, :]
-    elif SHIFT:
-        u = u + shift[None, :]
-    if START + x.shape[1] > D:
-        inside = START + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout)) < D
-        u = gl.where(inside[None, :], u, 0.0)
-    return u
-
-
-@gluon.jit
-def fold_rows(
-    x, gain, shift, gain_sum, shift_sum, q_eps, fold_scale, Q_NORM: gl.constexpr, CENTRE: gl.constexpr,
-    GAIN: gl.constexpr, SHIFT: gl.constexpr, DTYPE: gl.constexpr, D: gl.constexpr,
-):  # fmt: skip
-    """u of raw query rows, in float32, to be rounded to DTYPE; see steps.fold_query. shift comes times fold_scale.
-
-    One sweep takes the sums of x, x² and x·gain, from which both means follow: x is 16-bit, so that nothing cancels
-    in float32 that was there. A second sweep makes u.
-    """
-    total = row_sum(x)
-    r, offset = gl.zeros_like(total) + fold_scale, gl.zeros_like(total)
-    if Q_NORM != NONE:
-        square = row_dot(x, x)
-        if Q_NORM == LAYER_NORM:
-            mean = total / D
-            square = gl.maximum(square - mean * total, 0.0)
-        if Q_NORM == L2:
-            r = fold_scale * gl.sqrt(gl.to_tensor(D + 0.0)) / gl.maximum(gl.sqrt(square), q_eps)
-        else:
-            r = fold_scale * gl.rsqrt(square / D + q_eps)
-        if Q_NORM == LAYER_NORM:
-            offset = -mean * r
-    u_mean = offset
-    if CENTRE:
-        u_mean = ((row_sum(scale_columns(x, gain)) if GAIN else total) * r + offset * gain_sum + shift_sum) * (1.0 / D)
-    first = fold_part(x[0], r, offset, gain[0], shift[0], u_mean, 0, GAIN, SHIFT, CENTRE, D)
-    rounded = round_to(first, DTYPE)
-    if len(x) == 1:
-        u = (rounded,)
-    else:
-        second = fold_part(x[1], r, offset, gain[1], shift[1], u_mean, PART, GAIN, SHIFT, CENTRE, D)
-        u = (rounded, round_to(second, DTYPE))
-    if CENTRE:
-        residue = row_sum(u)
-        cols = gl.arange(0, PART, gl.SliceLayout(0, first.type.layout))[None, :]
-        # magnitude above, column below: the smallest's column, all but ties to 17 bits
-        size = (first.to(gl.int32, bitcast=True) & 0x7FFFFFC0) | cols
-        if D < PART:
-            size = gl.where(cols < D, size, 0x7FFFFFFF)
-        smallest = gl.min(size, 1) & 0x3F
-        rounded = gl.where(cols == smallest[:, None], rounded - residue[:, None], rounded)
-        u = (rounded,) if len(x) == 1 else (rounded, u[1])
-    return u
-
-
-@gluon.jit
-def add_dot_values(p, y, acc):
-    """acc + p · y."""
-    first = warpgroup_mma(p, y[0], acc[0], is_async=True)
-    if len(y) == 1:
-        return (first,)
-    else:
-        q = gl.convert_layout(p, gl.DotOperandLayout(0, acc[1].type.layout, 2))
-        return (first, warpgroup_mma(q, y[1], acc[1], is_async=True))
-
-
-@gluon.jit
-def block_boundary():
-    """A branch that is never taken: the compiler moves no wait over it."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; mov.b32 $0, $1; LOOP: activemask.b32 $0; setp.eq.u32 p, $0, 0; @p bra LOOP; }",
-        "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def opaque_zero():
-    return gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
-def vector_sum(x):
-    return gl.sum(x[0], 0) if len(x) == 1 else gl.sum(x[0], 0) + gl.sum(x[1], 0)
-
-
-@gluon.jit
-def thread_sums(p):
-    """Sums of the columns that a thread holds."""
-    return gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), 1)
-
-
-@gluon.jit
-def softmax_step(s, r, m, l, valid, MASKED: gl.constexpr, FIXED: gl.constexpr, SCALED: gl.constexpr):
-    """(P, m, l, what acc is to be multiplied by) after the scores of one more tile."""
-    if SCALED:
-        s = s * r[None, :]
-    if MASKED:
-        s = gl.where(valid[None, :], s, -float("inf"))
-    rescale = m
-    if not FIXED:
-        m_new = gl.maximum(m, gl.max(s, 1))
-        safe = gl.where(m_new == -float("inf"), 0.0, m_new) if MASKED else m_new
-        rescale = gl.exp2(m - safe)
-        m = safe
-        l = l * gl.convert_layout(rescale, gl.SliceLayout(1, l.type.layout))[:, None]
-    p = gl.exp2(s - m[:, None])
-    return p, m, l + thread_sums(p), rescale
-
-
-@gluon.jit
-def stream_step(
-    acc, p, m, l, u, zero, valid, k_mem, v_mem, r_mem, full, empty, stage, phase, score_scale, D2: gl.constexpr,
-    K_NORM: gl.constexpr, FOLD: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, FIXED: gl.constexpr,
-):  # fmt: skip
-    """One stage: P of its keys, and acc with the P of the step before and its values."""
-    PARTS: gl.constexpr = len(acc)
-    ROWS: gl.constexpr = zero.shape[0]
-    SCALED: gl.constexpr = K_NORM != NONE or not FOLD
-    LATE: gl.constexpr = D2 == 0 if E_LATE == 2 else E_LATE == 1
-    mbarrier.wait(full.index(stage), phase)
-    s = start_dot_rows(u, matrix(k_mem, stage, BLOCK_N, D2), zero, 0, ROWS)
-    sums = add_dot_values(p, matrix(v_mem, stage, BLOCK_N, D2), acc)
-    r = load_r(r_mem, stage, score_scale, gl.SliceLayout(0, zero.type.layout), K_NORM, FOLD, BLOCK_N)
-    s = warpgroup_mma_wait(PARTS, deps=[s])
-    p_next, m, l, rescale = softmax_step(s, r, m, l, valid, False, FIXED, SCALED)
-    if not LATE:
-        p_next = gl.convert_layout(p_next.to(p.dtype), p.type.layout)
-    block_boundary()  # and P as a dep of the wait: the compiler moves P over neither
-    if D2 == 0:
-        acc_1, p, p_next = warpgroup_mma_wait(0, deps=[sums[0], p, p_next])
-        acc = (acc_1,)
-    else:
-        acc_1, acc_2, p, p_next = warpgroup_mma_wait(0, deps=[sums[0], sums[1], p, p_next])
-        acc = (acc_1, acc_2)
-    if LATE:
-        p_next = gl.convert_layout(p_next.to(p.dtype), p.type.layout)
-    mbarrier.arrive(empty.index(stage))
-    if not FIXED:
-        acc = scale_rows(acc, rescale)
-    stage, phase = next_stage(stage, phase, STAGES)
-    return acc, p_next, m, l, stage, phase
 
 
 @gluon.jit
@@ -363,26 +190,6 @@ def attend(
 
 
 @gluon.jit
-def load_r(r_mem, stage, score_scale, layout: gl.constexpr, K_NORM: gl.constexpr, FOLD: gl.constexpr, N: gl.constexpr):
-    """What the columns of the scores are multiplied by."""
-    if K_NORM == NONE:
-        return gl.full([N], 0.0, gl.float32, layout) + score_scale
-    else:
-        r = r_mem.index(stage).load(layout)
-        return r if FOLD else r * score_scale
-
-
-@gluon.jit
-def scale_rows(x, by):
-    """x[i, :] · by[i]."""
-    first = x[0] * gl.convert_layout(by, gl.SliceLayout(1, x[0].type.layout))[:, None]
-    if len(x) == 1:
-        return (first,)
-    else:
-        return (first, x[1] * gl.convert_layout(by, gl.SliceLayout(1, x[1].type.layout))[:, None])
-
-
-@gluon.jit
 def consume(
     out_1, out_2, q_mem_1, u_mem_1, k_mem_1, v_mem_1, q_mem_2, u_mem_2, k_mem_2, v_mem_2, r_mem, q_full, q_empty, full,
     empty, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item, count, tokens, tokens_k,
@@ -402,11 +209,11 @@ def consume(
     layouts: gl.constexpr = (rows_1, rows_2)
     row_s: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
     stage, phase, q_phase = 0, 0, 0
-    next_work = load_work(items_ptr, first_item, 0, count, tokens, tokens_k, H, BLOCK_N, GROUPS * ROWS // TILE)
+    next_work = load_work(items_ptr, first_item, 0, count, tokens, tokens_k, H, BLOCK_N)
     for turn in range(gl.cdiv(count, gl.num_programs(0))):
-        h, q_start, q_length, k_start, k_length, tile, key_tiles, slot = next_work
+        h, q_start, q_length, _, k_length, tile, key_tiles, _ = next_work
         next_work = load_work(  # early: its loads take as long as a step
-            items_ptr, first_item, turn + 1, count, tokens, tokens_k, H, BLOCK_N, GROUPS * ROWS // TILE
+            items_ptr, first_item, turn + 1, count, tokens, tokens_k, H, BLOCK_N
         )  # fmt: skip
         row = tile * TILE + GROUP * ROWS
         if key_tiles > 0:
@@ -549,7 +356,7 @@ def key_size_tiles(call: Any, index: int) -> Tensor:
 
 
 def forward_stream(
-    call: Any, index: int, launch: Any, out: Tensor, lse: Tensor, r_tiles: Tensor, save_lse: bool, fixed_max: bool
+    call: Any, index: int, launch: Launch, out: Tensor, lse: Tensor, r_tiles: Tensor, save_lse: bool, fixed_max: bool
 ) -> None:
     """All items of the last class. launch: a row of the launch table; block_m: query rows of a program, TILE of them
     or an even part."""

@@ -48,7 +48,7 @@ def ragged(x_THD: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def describe(base: Tensor, shape: list[int], strides: list[int], block: list[int], layout: Any) -> TensorDescriptor:
-    """A TensorDescriptor without its own checks, which take the host as long as a launch: `tma_reaches` has made them."""
+    """A TensorDescriptor without its own checks, which take the host as long as a launch; `tma_reaches` made them."""
     descriptor = object.__new__(TensorDescriptor)
     descriptor.__dict__.update(base=base, shape=shape, strides=strides, block_shape=block, layout=layout)
     return descriptor
