@@ -19,7 +19,7 @@ LARGE_SHARED = (80, 90, 100)  # architectures with the shared memory that the me
 class Launch:
     """One kernel's compile-time choices. block_m: query rows; block_n: key rows; stages: of the loop's loads."""
 
-    kernel: str  # "tile", "stream", or in a backward "resident" or "hopper_tile"
+    kernel: str  # "tile", "stream", "hopper_tile", or in a backward "resident"
     block_m: int
     block_n: int
     warps: int
@@ -52,11 +52,14 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return first, 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
 
 
-def choose_config(arch: int, head_dim: int, class_index: int, dtype_bits: int, gluon: bool = False) -> ClassConfig:
+def choose_config(
+    arch: int, head_dim: int, class_index: int, dtype_bits: int, gluon: bool = False, gluon_backward: bool | None = None
+) -> ClassConfig:
     """The launches of a class. arch: compute capability × 10 (90 for an H100); 0 for anything that is not CUDA.
 
     dtype_bits: 16, or 32 for true float32, which is correct everywhere and tuned nowhere.
     gluon: whether Hopper's own kernels may run: this Triton has Gluon, and TMA reaches the tensors.
+    gluon_backward: the same of the backward, which has more tensors to reach; None where they are not known yet.
     """
     if dtype_bits == 32:
         stream = Launch("stream", 32, 16 if head_dim > 64 else 32, 4, 1)
@@ -67,7 +70,10 @@ def choose_config(arch: int, head_dim: int, class_index: int, dtype_bits: int, g
     config = (NARROW, MIDDLE, WIDE)[width][class_index]
     if arch != 90:
         return _untuned(config)
-    backward = HOPPER_BACKWARD.get((width, class_index)) if gluon else None
+    forward = HOPPER_FORWARD.get((width, class_index)) if gluon else None
+    backward = HOPPER_BACKWARD.get((width, class_index)) if gluon and gluon_backward is not False else None
+    if forward is not None:  # its scores are those of k̂: a stream that is to repeat them must not multiply raw K
+        config = replace(config, forward=forward, normalize_keys=True)
     return config if backward is None else replace(config, backward=backward, queries=None)
 
 
@@ -161,6 +167,9 @@ WIDE = (  # from 88 to 128, measured at 128 with 8 heads
     ),
 )
 
+HOPPER_FORWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class); block_m: rows, block_n: keys of a chunk of scores
+    (0, 3): Launch("hopper_tile", 256, 128, 4, 1, spills=128),
+}
 HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (0, 0): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U32 488, on the pt mix 31; portable 495, 54"),
     (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U64 325; uncapped 337, portable 507"),
