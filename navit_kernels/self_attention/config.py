@@ -52,6 +52,7 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return first, 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
 
 
+@functools.cache
 def choose_config(
     arch: int, head_dim: int, class_index: int, dtype_bits: int, gluon: bool = False, gluon_backward: bool | None = None
 ) -> ClassConfig:
@@ -72,8 +73,8 @@ def choose_config(
         return _untuned(config)
     forward = HOPPER_FORWARD.get((width, class_index)) if gluon else None
     backward = HOPPER_BACKWARD.get((width, class_index)) if gluon and gluon_backward is not False else None
-    if forward is not None:  # its scores are those of k̂: a stream that is to repeat them must not multiply raw K
-        config = replace(config, forward=forward, normalize_keys=True)
+    if forward is not None:  # a tile's scores are those of k̂: a stream that is to repeat them must not multiply raw K
+        config = replace(config, forward=forward, normalize_keys=forward.kernel == "hopper_tile")
     return config if backward is None else replace(config, backward=backward, queries=None)
 
 

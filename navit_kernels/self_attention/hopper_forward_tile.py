@@ -136,7 +136,7 @@ def wait_for_output(acc, p, other, LATER: gl.constexpr):
 @gluon.jit
 def masked(s, START: gl.constexpr, k_length, COLUMNS: gl.constexpr):
     """Scores of the keys from START, −inf past the last one."""
-    if START + COLUMNS > k_length:
+    if k_length < START + COLUMNS:
         keys = START + gl.arange(0, COLUMNS, gl.SliceLayout(0, s.type.layout))
         s = gl.where((keys < k_length)[None, :], s, -float("inf"))
     return s
@@ -334,8 +334,8 @@ def forward_tile(
     descriptors |= {f"{name}_2": ragged(x, n, second) if second else None for name, (x, n) in tensors.items()}
     options = {} if registers is None else dict(maxnreg=registers)
     hopper_forward_tile[call.grid(index)](
-        **descriptors, **call.weights(), **call.work(index), out_ptr=out, lse_ptr=lse, q_eps=norms.q_eps, k_eps=norms.k_eps,
-        fold_scale=call.fold_scale, score_scale=call.score_scale, H=call.heads, D=call.width, D2=second,
+        **descriptors, **call.weights(), **call.work(index), out_ptr=out, lse_ptr=lse, q_eps=norms.q_eps,
+        k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale, H=call.heads, D=call.width, D2=second,
         Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse, BLOCK=block, CHUNK=chunk,
         num_warps=warps, **options,
     )  # fmt: skip
