@@ -170,7 +170,7 @@ WIDE = (  # from 88 to 128, measured at 128 with 8 heads
 
 HOPPER_FORWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class); block_m: the longest segment, block_n: keys of a chunk
     (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, measured="U64 152; portable 189"),
-    (0, 2): Launch("hopper_tile", 128, 64, 4, 1, 168, measured="U128 172; capped at 128 registers 202, portable 221"),
+    (0, 2): Launch("hopper_tile", 128, 64, 4, 1, 168, 64, measured="U128 172; capped at 128 202, portable 221"),
     (0, 3): Launch("hopper_tile", 256, 64, 4, 1, 168, 256, measured="U256 234; uncapped 272, portable 383"),
     (1, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, measured="U64 183; portable 278"),
     (1, 2): Launch("hopper_tile", 128, 64, 4, 1, 168, 256, measured="U128 231; uncapped 261, portable 488"),
