@@ -27,6 +27,7 @@ class _CallSite:
         free = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
         self.tensors = [i for i, value in enumerate(arguments.values()) if isinstance(value, Tensor)]
         self.numbers = [i for i, name in enumerate(arguments) if name in free]
+        self.descriptors = [i for i, value in enumerate(arguments.values()) if hasattr(value, "block_shape")]
         self.compiled: dict[tuple, tuple[Any, list, list[tuple[int, int]]]] = {}
 
 
@@ -37,7 +38,8 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> No
     """kernel[grid](**arguments), at less cost on the host.
 
     Triton inspects every argument of every call. Here a compiled kernel is found by what it was compiled for: the dtype
-    and 16-byte alignment of each tensor, and the value of all else but the kernel's do_not_specialize numbers.
+    and 16-byte alignment of each tensor, dtype and block of each TMA descriptor (a block's columns decide its layout),
+    and the value of all else but the kernel's do_not_specialize numbers.
     """
     name = (id(kernel), *arguments)
     values = list(arguments.values())
@@ -54,12 +56,14 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> No
         key[i] = (tensor.dtype, address % 16 == 0)
     for i in site.numbers:
         key[i] = None
+    for i in site.descriptors:
+        key[i] = (values[i].base.dtype, *values[i].block_shape)
     key.append(tensor.device.index)
     found = site.compiled.get(tuple(key))
     if found is None:
         places = {name: place for place, name in enumerate(kernel.arg_names)}
         names = list(arguments)
-        changing = [(places[names[i]], i) for i in (*site.tensors, *site.numbers)]
+        changing = [(places[names[i]], i) for i in (*site.tensors, *site.numbers, *site.descriptors)]
         template = [arguments.get(name) for name in kernel.arg_names]
         for place, _ in changing:
             template[place] = None

@@ -35,6 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .._jit import launch_kernel
 from .hopper_steps import PART, load_tile, parts, ragged, segment_rows
 from .hopper_tile_steps import (
     add_columns,
@@ -234,12 +235,12 @@ def store_part(ptr, x, first_row, last_row, stride, START: gl.constexpr, D: gl.c
 
 @gluon.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def hopper_forward_tile(
-    q_1, k_1, v_1, q_2, k_2, v_2, out_ptr, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr,
+    q_1, k_1, v_1, out_ptr, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr,
     offsets_ptr, first_item, tokens, tokens_k, q_weight_stride: gl.constexpr, q_bias_stride: gl.constexpr,
     k_weight_stride: gl.constexpr, q_eps, k_eps, fold_scale, score_scale, H: gl.constexpr, D: gl.constexpr,
     D2: gl.constexpr, Q_NORM: gl.constexpr, K_NORM: gl.constexpr, Q_WEIGHT: gl.constexpr, Q_BIAS: gl.constexpr,
     K_WEIGHT: gl.constexpr, FOLD: gl.constexpr, SAVE_LSE: gl.constexpr, CLASS: gl.constexpr, ON_DEVICE: gl.constexpr,
-    BLOCK: gl.constexpr, CHUNK: gl.constexpr, num_warps: gl.constexpr,
+    BLOCK: gl.constexpr, CHUNK: gl.constexpr, num_warps: gl.constexpr, q_2=None, k_2=None, v_2=None,
 ):  # fmt: skip
     work = gl.program_id(0)
     if ON_DEVICE:
@@ -331,9 +332,11 @@ def forward_tile(
     rows = 16 * warps
     tensors = dict(q=(call.q, rows), k=(call.k, block), v=(call.v, block))
     descriptors = {f"{name}_1": ragged(x, n, first) for name, (x, n) in tensors.items()}
-    descriptors |= {f"{name}_2": ragged(x, n, second) if second else None for name, (x, n) in tensors.items()}
+    if second:
+        descriptors |= {f"{name}_2": ragged(x, n, second) for name, (x, n) in tensors.items()}
     options = {} if registers is None else dict(maxnreg=registers)
-    hopper_forward_tile[call.grid(index)](
+    launch_kernel(
+        hopper_forward_tile, call.grid(index),
         **descriptors, **call.weights(), **call.work(index), out_ptr=out, lse_ptr=lse, q_eps=norms.q_eps,
         k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale, H=call.heads, D=call.width,
         D2=second, Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse, BLOCK=block,
