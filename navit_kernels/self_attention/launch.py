@@ -191,7 +191,7 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
 
             hopper_forward_tile.forward_tile(
                 call, index, out, lse, save_lse, block=launch.block_m, chunk=launch.block_n, warps=launch.warps,
-                registers=launch.registers,
+                fixed_max=config.fixed_max, registers=launch.registers,
             )  # fmt: skip
             continue
         options = compile_options(launch)
