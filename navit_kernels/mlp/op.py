@@ -98,8 +98,8 @@ def _feed_forward_backward(
 @_feed_forward_backward.register_fake
 def _(dout_TE, x_TE, hidden_TU, up_UE, down_EM, up_bias_U, activation, weight_grads, down_bias_grad):  # type: ignore[no-untyped-def]
     biases = (
-        (weight_grads and up_bias_U is not None) * up_UE.shape[0],
-        (weight_grads and down_bias_grad) * x_TE.shape[1],
+        up_UE.shape[0] if weight_grads and up_bias_U is not None else 0,
+        x_TE.shape[1] if weight_grads and down_bias_grad else 0,
     )
     return (
         x_TE.new_empty(x_TE.shape),
