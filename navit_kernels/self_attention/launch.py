@@ -276,7 +276,8 @@ def backward(
         normalize_keys = config.normalize_keys and norms.k_kind != 0
         r_or_any = r if r.numel() else lse
         if row_pairs is None:
-            row_pairs = torch.empty(*lse.shape, 2, dtype=torch.float32, device=q.device)
+            planes = 2 if call.bits == 32 else 1
+            row_pairs = torch.empty(planes, *lse.shape, 2, dtype=torch.float32, device=q.device)
         block, warps = PREPARE[call.bits]
         launch_kernel(
             kernel_backward.backward_prepare, call.grid(index, rows // block),
