@@ -308,12 +308,18 @@ def weight_gradients(norms: Norms, sums_HW: Tensor, width: int) -> Tensor:
     """(H, 3, D) of γq, βq, γk from A and, where there is a βq, B; see kernel_backward.py."""
     a_HD, b_HD = sums_HW[:, :width], sums_HW[:, width:]
     q_weight, q_bias, k_weight = (
-        default if weight is None else weight.float()
-        for weight, default in ((norms.q_weight, 1.0), (norms.q_bias, 0.0), (norms.k_weight, 1.0))
+        1.0 if weight is None else weight.float() for weight in (norms.q_weight, norms.q_bias, norms.k_weight)
     )
+    grads_H3D = a_HD.new_empty(a_HD.shape[0], 3, width)
+    dq_weight_HD, dq_bias_HD, dk_weight_HD = grads_H3D.unbind(1)
+    torch.mul(a_HD, k_weight, out=dq_weight_HD)
+    torch.mul(a_HD, q_weight, out=dk_weight_HD)
     if norms.q_bias is None:
-        return torch.stack([a_HD * k_weight, torch.zeros_like(a_HD), a_HD * q_weight], 1)
-    return torch.stack([a_HD * k_weight, b_HD * k_weight, a_HD * q_weight + b_HD * q_bias], 1)
+        dq_bias_HD.zero_()
+    else:
+        torch.mul(b_HD, k_weight, out=dq_bias_HD)
+        dk_weight_HD += b_HD * q_bias
+    return grads_H3D
 
 
 def sum_partials(call: Launcher, partials: Tensor, splits: int) -> Tensor:
