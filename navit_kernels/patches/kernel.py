@@ -81,7 +81,7 @@ def _pixel_offsets(first_pixel, height, width, offs_p, PATCH: tl.constexpr):
 def _unit(patch, mask_p, eps, P: tl.constexpr):
     """Normalize each patch; also rstd."""
     centred = tl.where(mask_p[None, :], patch - (tl.sum(patch, 1) / P)[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / P + eps)
+    rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, 1) / P + eps)
     return centred * rstd[:, None], rstd
 
 
@@ -117,7 +117,7 @@ def forward_kernel(
             mask_p = block * BLOCK_P + tl.arange(0, BLOCK_P) < P
             centred = tl.where(mask_p[None, :], values[block] - mean[:, None], 0.0)
             square += tl.sum(centred * centred, 1)
-        rstd = tl.rsqrt(square / P + eps)
+        rstd = 1 / tl.sqrt_rn(square / P + eps)
 
     for block in tl.static_range(BLOCKS):
         offs_p = block * BLOCK_P + tl.arange(0, BLOCK_P)
