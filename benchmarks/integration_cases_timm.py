@@ -40,7 +40,8 @@ def build(name: str, grids: Grids, device: str, small: bool) -> dict[str, Side]:
     except (ImportError, RuntimeError) as error:  # torchvision's, where it does not load
         raise peers.PeerMissing(str(error)) from error
     torch.manual_seed(0)
-    model = timm.create_model(name, **(SMALL if small else {})).to(device)
+    with torch.device(device):
+        model = timm.create_model(name, **(SMALL if small else {}))
     with torch.no_grad():  # a head and scales that are not almost zero, so that all gradients count
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)

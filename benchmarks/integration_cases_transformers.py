@@ -80,9 +80,8 @@ def qwen_tower(grids: Grids, device: str, small: bool) -> dict[str, Side]:
     modeling = models()
     torch.manual_seed(0)
     config = modeling.Qwen2_5_VLVisionConfig(**(TINY_QWEN if small else QWEN))
-    tower = modeling.Qwen2_5_VisionTransformerPretrainedModel._from_config(config, attn_implementation="sdpa").to(
-        device
-    )
+    with torch.device(device):
+        tower = modeling.Qwen2_5_VisionTransformerPretrainedModel._from_config(config, attn_implementation="sdpa")
     grid_thw = torch.tensor([(1, rows + rows % 2, columns + columns % 2) for rows, columns in grids])
     pixels = torch.randn(int(grid_thw.prod(1).sum()), 3 * 2 * PATCH**2, device=device)
     grid_thw = grid_thw.to(device)

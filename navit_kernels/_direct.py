@@ -22,6 +22,15 @@ def skips_dispatcher(x: Tensor) -> bool:
     )
 
 
+def define(name: str, kernel: Callable[..., Any]) -> Any:
+    """Register an op of navit_kernels that changes none of its arguments; torch's custom_op, without the checks that it
+    makes in every call. Its fake and its autograd are registered under its name."""
+    qualified = f"navit_kernels::{name}"
+    torch.library.define(qualified, torch.library.infer_schema(kernel, mutates_args=()))
+    torch.library.impl(qualified, "default", kernel)
+    return getattr(torch.ops.navit_kernels, name).default
+
+
 def direct(kernel: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
     """The function that `torch.library` would make of these, for tensors with skips_dispatcher.
 

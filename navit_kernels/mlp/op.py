@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._autocast import autocast_dtype
 from .._checks import check_dtype, check_option, check_same, check_shape
-from .._direct import direct, skips_dispatcher
+from .._direct import define, direct, skips_dispatcher
 from . import reference
 
 BACKENDS = ("auto", "reference", "triton")
@@ -81,10 +81,10 @@ def _forward_kernel(
     return kernel.feed_forward(x_TE, up_UE, down_EM, up_bias_U, down_bias_E, activation, keep_hidden)
 
 
-_feed_forward = torch.library.custom_op("navit_kernels::feed_forward", _forward_kernel, mutates_args=())
+_feed_forward = define("feed_forward", _forward_kernel)
 
 
-@_feed_forward.register_fake
+@torch.library.register_fake("navit_kernels::feed_forward")
 def _(x_TE, up_UE, down_EM, up_bias_U, down_bias_E, activation, keep_hidden):  # type: ignore[no-untyped-def]
     return x_TE.new_empty(x_TE.shape), x_TE.new_empty(x_TE.shape[0] if keep_hidden else 0, up_UE.shape[0])
 
@@ -100,12 +100,10 @@ def _backward_kernel(
     )
 
 
-_feed_forward_backward = torch.library.custom_op(
-    "navit_kernels::feed_forward_backward", _backward_kernel, mutates_args=()
-)
+_feed_forward_backward = define("feed_forward_backward", _backward_kernel)
 
 
-@_feed_forward_backward.register_fake
+@torch.library.register_fake("navit_kernels::feed_forward_backward")
 def _(dout_TE, x_TE, hidden_TU, up_UE, down_EM, up_bias_U, activation, weight_grads, down_bias_grad):  # type: ignore[no-untyped-def]
     biases = (
         (weight_grads and up_bias_U is not None) * up_UE.shape[0],
@@ -142,5 +140,7 @@ def _gradients(run: Callable[..., Any], ctx: Any, dout_TE: Tensor, _: None) -> t
     )
 
 
-_feed_forward.register_autograd(functools.partial(_gradients, _feed_forward_backward), setup_context=_setup_context)
+torch.library.register_autograd(
+    "navit_kernels::feed_forward", functools.partial(_gradients, _feed_forward_backward), setup_context=_setup_context
+)
 _feed_forward_directly = direct(_forward_kernel, _setup_context, functools.partial(_gradients, _backward_kernel))

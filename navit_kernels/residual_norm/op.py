@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_cu_seqlens, check_dtype, check_option, check_same, check_shape, fail
-from .._direct import direct, skips_dispatcher
+from .._direct import define, direct, skips_dispatcher
 from . import reference
 
 BACKENDS = ("auto", "reference", "triton")
@@ -96,10 +96,10 @@ def _forward_kernel(
     )
 
 
-_add_norm = torch.library.custom_op("navit_kernels::add_norm", _forward_kernel, mutates_args=())
+_add_norm = define("add_norm", _forward_kernel)
 
 
-@_add_norm.register_fake
+@torch.library.register_fake("navit_kernels::add_norm")
 def _(x_TE, branch_TE, weight_E, bias_E, layer_scale_E, keep_scale_S, cu_seqlens, centred, eps, out_dtype):  # type: ignore[no-untyped-def]
     tokens, width = x_TE.shape
     x_new_TE = x_TE.new_empty((0, width) if branch_TE is None else (tokens, width))
@@ -118,10 +118,10 @@ def _backward_kernel(
     )
 
 
-_add_norm_backward = torch.library.custom_op("navit_kernels::add_norm_backward", _backward_kernel, mutates_args=())
+_add_norm_backward = define("add_norm_backward", _backward_kernel)
 
 
-@_add_norm_backward.register_fake
+@torch.library.register_fake("navit_kernels::add_norm_backward")
 def _(d_x_new_TE, d_normed_TE, x_new_TE, stats_RT, branch_TE, weight_E, layer_scale_E, centred, has_bias, branch_dtype):  # type: ignore[no-untyped-def]
     tokens, width = x_new_TE.shape
     dbranch_TE = x_new_TE.new_empty((0, width) if branch_dtype is None else (tokens, width), dtype=branch_dtype)
@@ -165,5 +165,7 @@ def _gradients(
     )
 
 
-_add_norm.register_autograd(functools.partial(_gradients, _add_norm_backward), setup_context=_setup_context)
+torch.library.register_autograd(
+    "navit_kernels::add_norm", functools.partial(_gradients, _add_norm_backward), setup_context=_setup_context
+)
 _add_norm_directly = direct(_forward_kernel, _setup_context, functools.partial(_gradients, _backward_kernel))
