@@ -7,9 +7,10 @@ They run as shipped, uncompiled: a graph of theirs would unroll every image of o
 """
 
 import functools
+from typing import Any
 
 import torch
-from integration_cases import Case, Grids, Side
+from integration_cases import Case, Grids, Side, kept
 from model_baselines import vit_pytorch_module
 
 from navit.integrations.vit_pytorch import accelerate
@@ -19,7 +20,9 @@ BASE = {"dim": 768, "depth": 12, "heads": 12, "mlp_dim": 3072, "dim_head": 64, "
 SMALL = {"dim": 32, "depth": 2, "heads": 2, "mlp_dim": 48, "dim_head": 16, "num_classes": 10}
 
 
-def build(nested: bool, grids: Grids, device: str, small: bool) -> dict[str, Side]:
+@kept
+def models(nested: bool, device: str, small: bool) -> tuple[Any, Any, Any]:
+    """Theirs, accelerated, and that compiled."""
     module = vit_pytorch_module(nested)
     torch.manual_seed(0)
     sizes = SMALL if small else BASE
@@ -30,15 +33,20 @@ def build(nested: bool, grids: Grids, device: str, small: bool) -> dict[str, Sid
     for key, parameter in model.named_parameters():
         if key.endswith("q_norm.gamma"):  # scores up to 64, as they come, turn any rounding into another result
             parameter.data /= 8
-    images = [torch.randn(3, rows * PATCH, columns * PATCH, device=device) for rows, columns in grids]
     fast = accelerate(model)
+    return model, fast, torch.compile(fast, dynamic=True)
+
+
+def build(nested: bool, grids: Grids, device: str, small: bool) -> dict[str, Side]:
+    model, fast, compiled = models(nested, device, small)
+    torch.manual_seed(0)
+    images = [torch.randn(3, rows * PATCH, columns * PATCH, device=device) for rows, columns in grids]
     group = {"group_images": True} if len(images) > 1 and not nested else {}  # in rows of at most 2,048 tokens
     sides = {
         "before": Side(model, lambda: model(images, **group)),
         "after": Side(fast, lambda: fast(images)),
     }
     if device == "cuda":
-        compiled = torch.compile(fast, dynamic=True)
         sides["after, compiled"] = Side(fast, lambda: compiled(fast.pack(images)))
     return sides
 
