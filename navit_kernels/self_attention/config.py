@@ -169,4 +169,5 @@ HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (1, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=64, measured="U128 646; 4 warps 681, portable 1141"),
     (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 356; portable 624"),
     (2, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=256, measured="U128 437; portable 899"),
+    (0, 4): Launch("hopper_stream", 64, 64, 4, 4),
 }
