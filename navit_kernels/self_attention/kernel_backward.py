@@ -262,10 +262,10 @@ def backward_prepare(
         part = work // H % SPLIT * BLOCK
         start = (work // (H * SPLIT) * H + h) * ROWS
         numbers = rows_ptr + (start + part // PADDED * PADDED) * 2 + part % PADDED + offs
-        tl.store(numbers, tl.where(mask, lse, float("inf")))
+        tl.store(numbers, tl.where(mask & (k_length > 0), lse, float("inf")))
         tl.store(numbers + PADDED, delta)
         if K_NORM != NONE:
-            r, _ = load_pairs(r_ptr + h * tokens_k * 2, k_start + row, offs, row + offs < k_length, 0.0)
+            r, _ = load_pairs(r_ptr + h * tokens_k * 2, k_start + row, offs, row + offs < k_length, 1.0)
             tl.store(sizes_ptr + start + part + offs, r)
     else:
         store_pairs(rows_ptr + head * 2, q_start + row, offs, lse, delta, mask)

@@ -275,7 +275,7 @@ def backward(
                     BLOCK_N=launch.block_n,
                 )
             continue
-        rows, queries = rows_of_class(index), config.queries  # the latter None in Gluon, whose programs own both
+        rows, queries = rows_of_class(index), config.queries
         normalize_keys = config.normalize_keys and norms.k_kind != 0
         r_or_any = r if r.numel() else lse
         hopper = launch.kernel == "hopper_stream"
@@ -298,8 +298,8 @@ def backward(
             from . import hopper_backward
 
             hopper_backward.backward_stream(
-                call, index, dout, dq, dk, dv, r_or_any, row_numbers, sizes, partials, splits, weight_grads,
-                stages=launch.stages,
+                call, index, dout, dq, dk, dv, row_numbers, sizes, partials, splits, weight_grads,
+                stages=(launch.stages, queries.stages),
             )  # fmt: skip
             continue
         launch_kernel(
