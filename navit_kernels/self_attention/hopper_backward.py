@@ -1,8 +1,8 @@
 """Varlen attention, backward of long segments on Hopper, in Gluon. The maths stands in kernel.py.
 
-Two kernels after backward_prepare, as in kernel_backward.py: hopper_keys owns keys (dk, dv), hopper_queries owns queries
-(dq over u): seven products, no sum between programs. A program stays on its multiprocessor and takes one item of
-TILE rows and one head after another. One warp loads (TMA); two warpgroups own BLOCK rows each and exchange nothing:
+Two kernels after backward_prepare, as in kernel_backward.py: hopper_keys owns keys (dk, dv), hopper_queries owns
+queries (dq over u): seven products, no sum between programs. A program stays on its multiprocessor and takes one item
+of TILE rows and one head after another. One warp loads (TMA); two warpgroups own BLOCK rows each, exchange nothing:
 
     hopper_keys     own k, v; u, dO, lse, Δ pass      Sᵀ = K·uᵀ   dPᵀ = V·dOᵀ   dV += Pᵀ·dO   a += Gᵀ·u
     hopper_queries  own u, dO; k, v, r pass           S = u·Kᵀ    dP = dO·Vᵀ    du += G·K
@@ -43,7 +43,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..plan import TILE
 from .hopper_steps import PART, load_tile, parts, ragged, segment_rows, shared_layout
 from .hopper_tile_steps import (
     affine_rows,
@@ -266,9 +265,8 @@ def keys_owner(
     turn = 0
     following = read_item(items_ptr, first_item, gl.program_id(0), work, H, tokens, tokens_k)
     for w in range(gl.program_id(0), work, gl.num_programs(0)):
-        item = w // H
         h = w % H
-        q_start, q_length, k_start, k_length, tile = following
+        _, q_length, k_start, k_length, tile = following
         following = read_item(items_ptr, first_item, w + gl.num_programs(0), work, H, tokens, tokens_k)
         if tile * TILE_ROWS < k_length:
             row = tile * TILE_ROWS + GROUP * BLOCK
@@ -411,8 +409,8 @@ def keys_owner(
                         p_32 = gl.exp2(s_now * scale[:, None] - lse[None, :])
                         p_new = narrow(p_32, DTYPE, left)
                         delta = delta_tiles.index(s).load(of_col)
-                        # p_32 is a dep of the wait, and a wait for what has long come stands before it: the compiler moves
-                        # the softmax over neither
+                        # p_32 is a dep of the wait, and a wait for what has long come stands before it: the compiler
+                        # moves the softmax over neither
                         mbarrier.wait(full.index(s), phase)
                         dp_now, p_32 = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p_32])
                         g_new = narrow(p_32 * (dp_now - delta[None, :]), DTYPE, left)
@@ -548,8 +546,8 @@ def score_gradient(p, dp, delta, r, K_NORM: gl.constexpr):
 @gluon.jit
 def queries_loader(
     k_in, v_in, u_in, dout_in, q_in, rows_in, sizes_in, items_ptr, first_item, work, tokens, tokens_k, k_tiles,
-    v_tiles, size_tiles, u_tiles, dout_tiles, row_tiles, q_tiles, own_full, own_empty, q_full, q_empty, full, empty, H: gl.constexpr,
-    D2: gl.constexpr, K_NORM: gl.constexpr, NEEDS_Q: gl.constexpr, STAGES: gl.constexpr,
+    v_tiles, size_tiles, u_tiles, dout_tiles, row_tiles, q_tiles, own_full, own_empty, q_full, q_empty, full, empty,
+    H: gl.constexpr, D2: gl.constexpr, K_NORM: gl.constexpr, NEEDS_Q: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     BYTES: gl.constexpr = 2 * BLOCK * (PART + D2) * 2
     SIZE_BYTES: gl.constexpr = BLOCK * 4 if K_NORM != NONE else 0
@@ -596,8 +594,9 @@ def queries_loader(
 
 @gluon.jit
 def queries_owner(
-    GROUP: gl.constexpr, dq_out, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item,
-    work, tokens, tokens_k, k_tiles, v_tiles, size_tiles, u_tiles, dout_tiles, row_tiles, q_tiles, scratch, own_full, own_empty, q_full, q_empty, full, empty, score_scale, softmax_scale, q_eps, q_weight_stride: gl.constexpr,
+    GROUP: gl.constexpr, dq_out, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item, work,
+    tokens, tokens_k, k_tiles, v_tiles, size_tiles, u_tiles, dout_tiles, row_tiles, q_tiles, scratch, own_full,
+    own_empty, q_full, q_empty, full, empty, score_scale, softmax_scale, q_eps, q_weight_stride: gl.constexpr,
     q_bias_stride: gl.constexpr, k_weight_stride: gl.constexpr, H: gl.constexpr, D: gl.constexpr, D2: gl.constexpr,
     Q_NORM: gl.constexpr, K_NORM: gl.constexpr, Q_WEIGHT: gl.constexpr, Q_BIAS: gl.constexpr, K_WEIGHT: gl.constexpr,
     FOLD: gl.constexpr, WEIGHT_GRADS: gl.constexpr, NEEDS_Q: gl.constexpr, SPLITS: gl.constexpr, STAGES: gl.constexpr,
@@ -620,7 +619,7 @@ def queries_owner(
     for w in range(gl.program_id(0), work, gl.num_programs(0)):
         item = w // H
         h = w % H
-        q_start, q_length, k_start, k_length, tile = following
+        q_start, q_length, _, k_length, tile = following
         following = read_item(items_ptr, first_item, w + gl.num_programs(0), work, H, tokens, tokens_k)
         if tile * TILE_ROWS < q_length:
             row = tile * TILE_ROWS + GROUP * BLOCK
@@ -814,9 +813,9 @@ def numbers(x: Tensor) -> TensorDescriptor:
 
 
 def backward_stream(
-    call: Any, index: int, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, rows: Tensor, sizes: Tensor, partials: Tensor,
-    splits: int, weight_grads: bool, *, stages: tuple[int, int], hold: tuple[bool, bool] | None = None,
-    depth: int | None = None, registers: int = 240,
+    call: Any, index: int, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, rows: Tensor, sizes: Tensor,
+    partials: Tensor, splits: int, weight_grads: bool, *, stages: tuple[int, int],
+    hold: tuple[bool, bool] | None = None, depth: int | None = None, registers: int = 240,
 ) -> None:  # fmt: skip
     """dk and dv, then dq over u. rows and sizes are backward_prepare's; stages those of hopper_keys and of
     hopper_queries. What else there is to choose is a matter of registers, which a head's width takes (HOLDS)."""
@@ -839,11 +838,11 @@ def backward_stream(
     )  # fmt: skip
     hopper_keys[grid](
         **descriptors("k", "v", "dout", "dk", "dv"), u_1=halves["dq_1"], u_2=halves["dq_2"], rows_in=numbers(rows),
-        sizes_in=numbers(sizes), key_factor=call.key_factor, k_eps=norms.k_eps, STAGES=stages[0], HOLD=hold[0], DEPTH=depth,
-        **common,
+        sizes_in=numbers(sizes), key_factor=call.key_factor, k_eps=norms.k_eps, STAGES=stages[0], HOLD=hold[0],
+        DEPTH=depth, **common,
     )  # fmt: skip
     hopper_queries[grid](
-        **descriptors("k", "v", "q", "dout", "dq"), rows_in=numbers(rows), sizes_in=numbers(sizes), partials_ptr=partials,
-        softmax_scale=call.softmax_scale, q_eps=norms.q_eps, **call.weights(), Q_NORM=norms.q_kind,
-        WEIGHT_GRADS=weight_grads, SPLITS=splits, STAGES=stages[1], HOLD=hold[1], **common,
+        **descriptors("k", "v", "q", "dout", "dq"), rows_in=numbers(rows), sizes_in=numbers(sizes),
+        partials_ptr=partials, softmax_scale=call.softmax_scale, q_eps=norms.q_eps, **call.weights(),
+        Q_NORM=norms.q_kind, WEIGHT_GRADS=weight_grads, SPLITS=splits, STAGES=stages[1], HOLD=hold[1], **common,
     )  # fmt: skip
