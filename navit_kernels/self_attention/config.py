@@ -171,12 +171,12 @@ HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (1, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=64, measured="U128 646; 4 warps 681, portable 1141"),
     (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 356; portable 624"),
     (2, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=256, measured="U128 437; portable 899"),
-    (0, 4): Launch("hopper_stream", 64, 64, 4, 4, measured="ft 688, U4096 3377; portable 946, 4134"),
-    (1, 4): Launch("hopper_stream", 64, 64, 4, 4),
-    (2, 4): Launch("hopper_stream", 64, 64, 4, 3),
+    (0, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=64, measured="ft 688, U4096 3377; portable 946, 4134"),
+    (1, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192),
+    (2, 4): Launch("hopper_stream", 64, 64, 4, 3, spills=64),
 }
 HOPPER_QUERIES = {  # of the streams above
-    (0, 4): Launch("hopper_stream", 64, 64, 4, 6),
-    (1, 4): Launch("hopper_stream", 64, 64, 4, 6),
-    (2, 4): Launch("hopper_stream", 64, 64, 4, 4),
+    (0, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=192),
+    (1, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=192),
+    (2, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192),
 }
