@@ -19,7 +19,7 @@ LARGE_SHARED = (80, 90, 100)  # architectures with the shared memory that the me
 class Launch:
     """One kernel's compile-time choices. block_m: query rows; block_n: key rows; stages: of the loop's loads."""
 
-    kernel: str  # "tile", "stream", or in a backward "resident" or "hopper_tile"
+    kernel: str  # "tile", "stream", or in a backward "resident", "hopper_tile" or "hopper_stream"
     block_m: int
     block_n: int
     warps: int
@@ -67,8 +67,10 @@ def choose_config(arch: int, head_dim: int, class_index: int, dtype_bits: int, g
     config = (NARROW, MIDDLE, WIDE)[width][class_index]
     if arch != 90:
         return _untuned(config)
-    backward = HOPPER_BACKWARD.get((width, class_index)) if gluon else None
-    return config if backward is None else replace(config, backward=backward, queries=None)
+    row = (width, class_index)
+    if not gluon or row not in HOPPER_BACKWARD:
+        return config
+    return replace(config, backward=HOPPER_BACKWARD[row], queries=HOPPER_QUERIES.get(row))
 
 
 @functools.cache
@@ -169,4 +171,12 @@ HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (1, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=64, measured="U128 646; 4 warps 681, portable 1141"),
     (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 356; portable 624"),
     (2, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=256, measured="U128 437; portable 899"),
+    (0, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=64, measured="ft 688, U4096 3377; portable 946, 4134"),
+    (1, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192),
+    (2, 4): Launch("hopper_stream", 64, 64, 4, 3, spills=64),
+}
+HOPPER_QUERIES = {  # of the streams above
+    (0, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=192),
+    (1, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=192),
+    (2, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192),
 }

@@ -202,16 +202,19 @@ def backward_resident(
 
 @triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def backward_prepare(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, rows_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
-    items_ptr, offsets_ptr, first_item, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, r_ptr, dq_ptr, rows_ptr, sizes_ptr, q_weight_ptr, q_bias_ptr,
+    k_weight_ptr, items_ptr, offsets_ptr, first_item, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h,
     k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr,
     dout_stride_h, dq_stride_t: tl.constexpr, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
     k_weight_stride: tl.constexpr, q_eps, k_eps, fold_scale, score_scale, UNIT: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     CENTRE: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
     PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
     """u into dq's memory, free until backward_queries writes dq there; (lse, Δ) into rows, float32 (H, T, 2).
+
+    PADDED: rows and sizes as hopper_backward.py takes them, item by item, in blocks of PADDED rows; else 0.
 
     Δ is rowsum(dO ⊙ O), but in float32 rowsum(P ⊙ dP): G subtracts it from the same dP, and where one key has almost
     all of a row's weight only so the two cancel to float32's precision. There lse, a number of the scores' size, is
@@ -259,7 +262,17 @@ def backward_prepare(
         store_pairs(rows_ptr + (H * rows + head) * 2, q_start + row, offs, rest, tl.zeros_like(rest), mask)
     else:
         delta = row_dot(cast(out, tl.float32), cast(dout, tl.float32))
-    store_pairs(rows_ptr + head * 2, q_start + row, offs, lse, delta, mask)
+    if PADDED:
+        part = work // H % SPLIT * BLOCK
+        start = (work // (H * SPLIT) * H + h) * ROWS
+        numbers = rows_ptr + (start + part // PADDED * PADDED) * 2 + part % PADDED + offs
+        tl.store(numbers, tl.where(mask & (k_length > 0), lse, float("inf")))
+        tl.store(numbers + PADDED, delta)
+        if K_NORM != NONE:
+            r, _ = load_pairs(r_ptr + h * tokens_k * 2, k_start + row, offs, row + offs < k_length, 1.0)
+            tl.store(sizes_ptr + start + part + offs, r)
+    else:
+        store_pairs(rows_ptr + head * 2, q_start + row, offs, lse, delta, mask)
 
 
 @triton.jit

@@ -116,8 +116,11 @@ class Launcher:
         return [c for c in reversed(range(CLASSES)) if self.on_device or self.ends[c + 1] > self.ends[c]]
 
     def grid(self, index: int, splits: int = 1) -> tuple[int]:
-        count = self.most_items(index) if self.on_device else self.ends[index + 1] - self.ends[index]
-        return (count * self.heads * splits,)
+        return (self.items_of(index) * self.heads * splits,)
+
+    def items_of(self, index: int) -> int:
+        """A class's items; on the device, where their count is, the most that there can be."""
+        return self.most_items(index) if self.on_device else self.ends[index + 1] - self.ends[index]
 
     def most_items(self, index: int) -> int:
         """A bound on a class's items from shapes alone; the programs beyond its true count end at once."""
@@ -254,7 +257,7 @@ def backward(
             )  # fmt: skip
             continue
         base = dict(**call.shape, **call.work(index), **compile_options(launch))
-        if launch.kernel != "stream":
+        if launch.kernel in ("tile", "resident"):
             common = dict(
                 **base, **inputs, **call.outputs(dq=dq, dk=dk, dv=dv), **call.weights(), **grads, **eps, **kinds,
                 **score, fold_scale=call.fold_scale, key_factor=call.key_factor,
@@ -275,17 +278,31 @@ def backward(
         rows, queries = rows_of_class(index), config.queries
         normalize_keys = config.normalize_keys and norms.k_kind != 0
         r_or_any = r if r.numel() else lse
-        if row_pairs is None:
-            planes = 2 if call.bits == 32 else 1
-            row_pairs = torch.empty(planes, *lse.shape, 2, dtype=torch.float32, device=q.device)
+        hopper = launch.kernel == "hopper_stream"
+        if hopper:
+            padded = torch.empty(3, call.items_of(index), call.heads, rows, dtype=torch.float32, device=q.device)
+            row_numbers, sizes = padded[:2], padded[2]
+        else:
+            if row_pairs is None:
+                planes = 2 if call.bits == 32 else 1
+                row_pairs = torch.empty(planes, *lse.shape, 2, dtype=torch.float32, device=q.device)
+            row_numbers = sizes = row_pairs
         block, warps = PREPARE[call.bits]
         launch_kernel(
             kernel_backward.backward_prepare, call.grid(index, rows // block),
             **call.shape, **call.work(index), **inputs, **call.outputs(dq=dq), **call.weights(), **eps, **kinds,
-            **score, out_ptr=out, lse_ptr=lse, rows_ptr=row_pairs, fold_scale=call.fold_scale,
-            CENTRE=norms.k_kind == NORM_CODES["layer_norm"] and not normalize_keys, ROWS=rows, BLOCK=block,
-            num_warps=warps,
+            **score, out_ptr=out, lse_ptr=lse, r_ptr=r_or_any, rows_ptr=row_numbers, sizes_ptr=sizes,
+            fold_scale=call.fold_scale, CENTRE=norms.k_kind == NORM_CODES["layer_norm"] and not normalize_keys,
+            ROWS=rows, BLOCK=block, PADDED=launch.block_m if hopper else 0, num_warps=warps,
         )  # fmt: skip
+        if hopper:
+            from . import hopper_backward
+
+            hopper_backward.backward_stream(
+                call, index, dout, dq, dk, dv, row_numbers, sizes, partials, splits, weight_grads,
+                stages=(launch.stages, queries.stages),
+            )  # fmt: skip
+            continue
         launch_kernel(
             kernel_backward.backward_keys, call.grid(index, rows // launch.block_n),
             **base, **call.rows(k=k, v=v, dout=dout), **call.outputs(dk=dk, dv=dv), **score,
