@@ -99,8 +99,8 @@ class Launcher:
         if self.ends is not None:
             check_plan_tokens(self.ends, q.shape[0], k.shape[0])
 
-    def config(self, index: int, gluon: bool = False) -> ClassConfig:
-        return choose_config(self.arch, self.width, index, self.bits, gluon)
+    def config(self, index: int, gluon: bool = False, gluon_backward: bool | None = None) -> ClassConfig:
+        return choose_config(self.arch, self.width, index, self.bits, gluon, gluon_backward)
 
     def gluon(self, *tensors: Tensor) -> bool:
         """Whether Hopper's own kernels may run, which reach all tensors by TMA."""
@@ -185,9 +185,18 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
         k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale,
         Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse, PRECISION=call.precision(),
     )  # fmt: skip
+    gluon = tokens_k > 0 and call.gluon(q, k, v, out)
     for index in call.classes():
-        config = call.config(index)
+        config = call.config(index, gluon)
         launch, rows = config.forward, rows_of_class(index)
+        if launch.kernel == "hopper_tile":
+            from . import hopper_forward_tile
+
+            hopper_forward_tile.forward_tile(
+                call, index, out, lse, save_lse, block=launch.block_m, chunk=launch.block_n, warps=launch.warps,
+                registers=launch.registers,
+            )  # fmt: skip
+            continue
         options = compile_options(launch)
         if launch.kernel == "tile":
             launch_kernel(
@@ -230,8 +239,9 @@ def backward(
         for grad in (dq, dk, dv):
             grad.zero_()
         return q.new_zeros(call.heads, 3, call.width, dtype=torch.float32) if weight_grads else None
-    gluon = call.gluon(q, k, v, dout, dq, dk, dv)
-    configs = {index: call.config(index, gluon) for index in call.classes()}
+    gluon = call.gluon(q, k, v, out)
+    gluon_backward = gluon and call.gluon(dout, dq, dk, dv)
+    configs = {index: call.config(index, gluon, gluon_backward) for index in call.classes()}
     splits = max((programs_per_item(i, c) for i, c in configs.items()), default=1)
     partials = lse
     if weight_grads:
@@ -253,7 +263,7 @@ def backward(
             hopper_backward_tile.backward_tile(
                 call, index, dout, lse, dq, dk, dv, partials, splits, weight_grads, block=launch.block_m,
                 warps=launch.warps, registers=launch.registers,
-                use_lse=config.forward.kernel == "tile",  # whose scores are these, to the bit; a stream's K is raw
+                use_lse=config.forward.kernel != "stream",  # whose scores are these, to the bit; a stream's K is raw
             )  # fmt: skip
             continue
         base = dict(**call.shape, **call.work(index), **compile_options(launch))
