@@ -92,7 +92,7 @@ def results(
 
 
 def assert_matches_reference(case: Case, grids: list[tuple[int, int]], device: str) -> None:
-    """Every result's error is within its bound: in float32, where one draw's largest error is luck, the mean of some."""
+    """Every result's error is within its bound: the mean of some draws in float32, where one's largest is luck."""
     runs = []
     for seed in range(4 if case.dtype == FP32 else 1):
         inputs = case.inputs(grids, device, seed)
