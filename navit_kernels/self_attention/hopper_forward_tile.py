@@ -336,6 +336,6 @@ def forward_tile(
     hopper_forward_tile[call.grid(index)](
         **descriptors, **call.weights(), **call.work(index), out_ptr=out, lse_ptr=lse, q_eps=norms.q_eps,
         k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale, H=call.heads, D=call.width,
-        D2=second, Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse, BLOCK=block, CHUNK=chunk,
-        num_warps=warps, **options,
+        D2=second, Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse, BLOCK=block,
+        CHUNK=chunk, num_warps=warps, **options,
     )  # fmt: skip
