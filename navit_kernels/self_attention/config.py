@@ -19,7 +19,7 @@ LARGE_SHARED = (80, 90, 100)  # architectures with the shared memory that the me
 class Launch:
     """One kernel's compile-time choices. block_m: query rows; block_n: key rows; stages: of the loop's loads."""
 
-    kernel: str  # "tile", "stream", "hopper_tile", or in a backward "resident"
+    kernel: str  # "tile", "stream", "hopper_tile", "hopper_stream", or in a backward "resident"
     block_m: int
     block_n: int
     warps: int
@@ -71,11 +71,13 @@ def choose_config(
     config = (NARROW, MIDDLE, WIDE)[width][class_index]
     if arch != 90:
         return _untuned(config)
-    forward = HOPPER_FORWARD.get((width, class_index)) if gluon else None
-    backward = HOPPER_BACKWARD.get((width, class_index)) if gluon and gluon_backward is not False else None
-    if forward is not None:  # a tile's scores are those of k̂: a stream that is to repeat them must not multiply raw K
+    row = (width, class_index)
+    if gluon and row in HOPPER_FORWARD:  # a tile's scores are those of k̂: a stream that repeats them takes k̂, too
+        forward = HOPPER_FORWARD[row]
         config = replace(config, forward=forward, normalize_keys=forward.kernel == "hopper_tile")
-    return config if backward is None else replace(config, backward=backward, queries=None)
+    if gluon and gluon_backward is not False and row in HOPPER_BACKWARD:
+        config = replace(config, backward=HOPPER_BACKWARD[row], queries=HOPPER_QUERIES.get(row))
+    return config
 
 
 @functools.cache
@@ -187,4 +189,12 @@ HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (1, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=64, measured="U128 646; 4 warps 681, portable 1141"),
     (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 356; portable 624"),
     (2, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=256, measured="U128 437; portable 899"),
+    (0, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=64, measured="ft 688, U4096 3377; portable 946, 4134"),
+    (1, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192),
+    (2, 4): Launch("hopper_stream", 64, 64, 4, 3, spills=64),
+}
+HOPPER_QUERIES = {  # of the streams above
+    (0, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=192),
+    (1, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=192),
+    (2, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192),
 }
