@@ -35,6 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .._jit import launch_kernel
 from .hopper_steps import PART, load_tile, parts, ragged, segment_rows
 from .hopper_tile_steps import (
     add_columns,
@@ -333,7 +334,8 @@ def forward_tile(
     descriptors = {f"{name}_1": ragged(x, n, first) for name, (x, n) in tensors.items()}
     descriptors |= {f"{name}_2": ragged(x, n, second) if second else None for name, (x, n) in tensors.items()}
     options = {} if registers is None else dict(maxnreg=registers)
-    hopper_forward_tile[call.grid(index)](
+    launch_kernel(
+        hopper_forward_tile, call.grid(index),
         **descriptors, **call.weights(), **call.work(index), out_ptr=out, lse_ptr=lse, q_eps=norms.q_eps,
         k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale, H=call.heads, D=call.width,
         D2=second, Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse, BLOCK=block,
