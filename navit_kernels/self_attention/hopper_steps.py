@@ -29,7 +29,7 @@ def parts(width: int) -> tuple[int, int]:
     return PART.value, 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
 
 
-@functools.cache
+@functools.cache  # built anew it would take half of a descriptor's time
 def shared_layout(columns: int, rank: int, bits: int = 16) -> Any:
     return gl.NVMMASharedLayout(swizzle_byte_width=columns * bits // 8, element_bitwidth=bits, rank=rank)
 
