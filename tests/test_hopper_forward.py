@@ -58,7 +58,6 @@ def compile_case(case: Case) -> Compiled:
         Case((300,), 16, 80, FP16),
         Case((300,), 8, 128, BF16, bias=False),
         Case((300,), 8, 96, BF16, None, "rms_norm"),
-        Case((300,), 8, 56, BF16),
     ],
     ids=str,
 )

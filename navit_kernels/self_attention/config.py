@@ -72,7 +72,7 @@ def choose_config(
     if arch != 90:
         return _untuned(config)
     row = (width, class_index)
-    too_narrow = class_index == CLASSES - 1 and head_dim <= 48  # for a stream's tiles of 64 columns; untimed
+    too_narrow = class_index == CLASSES - 1 and head_dim < 64  # for a stream's tiles of 64 columns; untimed
     if gluon and row in HOPPER_FORWARD and not too_narrow:
         # a tile's scores are those of k̂: a stream that repeats them takes k̂, too
         forward = HOPPER_FORWARD[row]

@@ -53,7 +53,7 @@ def fold_part(
 
 @gluon.jit
 def smallest(x, START: gl.constexpr, D: gl.constexpr):
-    """Each row's smallest element: its magnitude, all but ties to 16 bits, above the 7 bits of its column."""
+    """Each row's smallest element before column D: its magnitude, but for the last bits, above the 7 of its column."""
     cols = START + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))[None, :]
     size = (x.to(gl.int32, bitcast=True) & 0x7FFFFF80) | cols
     if START + x.shape[1] > D:
@@ -101,11 +101,12 @@ def fold_rows(
         u = (round_to(first, DTYPE), round_to(second, DTYPE))
     if CENTRE:
         residue = row_sum(u)
-        if D == 2 * PART:  # a first part of steps.py's
+        FIRST: gl.constexpr = D if D >= PART else 32 if D >= 32 else 16  # columns of steps.py's first part
+        if D == 2 * PART:
             size = gl.minimum(smallest(first, 0, D), smallest(second, PART, D))
             u = (take_out(u[0], residue, size, 0), take_out(u[1], residue, size, PART))
         elif len(x) == 1:
-            u = (take_out(u[0], residue, smallest(first, 0, D), 0),)
+            u = (take_out(u[0], residue, smallest(first, 0, FIRST), 0),)
         else:
             u = (take_out(u[0], residue, smallest(first, 0, D), 0), u[1])
     return u
