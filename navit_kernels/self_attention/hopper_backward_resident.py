@@ -133,11 +133,9 @@ def delta_rows(dout, out):
 
 
 @gluon.jit
-def sums_by_warp(x, num_warps: gl.constexpr):
-    """Sums over the 16 rows of a warp, spread over its threads."""
-    COLUMNS: gl.constexpr = x.shape[1]
-    spread: gl.constexpr = gl.BlockedLayout([1, max(1, COLUMNS // 32)], [1, 32], [num_warps, 1], [1, 0])
-    return gl.convert_layout(gl.sum(gl.reshape(x, [num_warps, 16, COLUMNS]), 1), spread)
+def sums_by_thread(x, num_warps: gl.constexpr):
+    """Sums over each thread's two rows."""
+    return gl.sum(gl.reshape(x, [num_warps, 2, 8, x.shape[1]]), 1)
 
 
 @gluon.jit
@@ -157,10 +155,10 @@ def shared_vector(memory, at, layouts):
 
 @gluon.jit
 def store_sums(ptr, sums, factor, memory, WIDTH: gl.constexpr, num_warps: gl.constexpr):
-    COLUMNS: gl.constexpr = sums.shape[1]
+    COLUMNS: gl.constexpr = sums.shape[2]
     wide: gl.constexpr = gl.BlockedLayout([num_warps, 1], [1, 32], [1, num_warps], [1, 0])
     scratch = reinterpret(memory, gl.float32, [num_warps, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    scratch.store(sums)
+    scratch.store(gl.sum(sums, 1))
     cols = gl.arange(0, COLUMNS, gl.SliceLayout(0, wide))
     gl.store(ptr + cols, gl.sum(scratch.load(wide), 0) * factor, mask=cols < WIDTH)
 
@@ -314,9 +312,9 @@ def hopper_backward_resident(
 
     # ---- dq, by blocks of own queries
     if WEIGHT_GRADS:
-        gain_sums = (sums_by_warp(zero_d[0], num_warps),)
+        gain_sums = (sums_by_thread(zero_d[0], num_warps),)
         if D2:
-            gain_sums = (gain_sums[0], sums_by_warp(zero_d[1], num_warps))
+            gain_sums = (gain_sums[0], sums_by_thread(zero_d[1], num_warps))
         shift_sums = gain_sums
     for i in range(q_blocks):
         mbarrier.wait(own_full, i & 1)
@@ -375,12 +373,12 @@ def hopper_backward_resident(
             s = warpgroup_mma_wait(0, deps=[start_scores(u, matrix(resident, 0, ROWS, D2), zero_s)])
             for j in range(k_blocks - 1):
                 dp = start_scores(do, matrix(resident, BLOCKS + j, ROWS, D2), zero_s)
-                s_next = start_scores(u, matrix(resident, j + 1, ROWS, D2), zero_s)
                 if not FOLD:
                     s = s * score_scale
                 p = gl.exp2(s - lse[:, None])
                 mbarrier.wait(keys_full.index(0), 0)
-                dp, p = warpgroup_mma_wait(PARTS, deps=[dp, p])
+                dp, p = warpgroup_mma_wait(0, deps=[dp, p])
+                s_next = start_scores(u, matrix(resident, j + 1, ROWS, D2), zero_s)
                 g = operand(p * (dp - delta[:, None]), DTYPE, left)
                 dq = start_values(g, matrix(resident, j, ROWS, D2), dq)
                 if D2 == 0:
@@ -420,18 +418,18 @@ def hopper_backward_resident(
         store_block(dq_out, leaving, 0, q_start, q_length, i * ROWS, h)
         if WEIGHT_GRADS:
             if D2 == 0:
-                gain_sums = (gain_sums[0] + sums_by_warp(dq[0] * q_hat[0], num_warps),)
+                gain_sums = (gain_sums[0] + sums_by_thread(dq[0] * q_hat[0], num_warps),)
                 if Q_BIAS:
-                    shift_sums = (shift_sums[0] + sums_by_warp(dq[0], num_warps),)
+                    shift_sums = (shift_sums[0] + sums_by_thread(dq[0], num_warps),)
             else:
                 gain_sums = (
-                    gain_sums[0] + sums_by_warp(dq[0] * q_hat[0], num_warps),
-                    gain_sums[1] + sums_by_warp(dq[1] * q_hat[1], num_warps),
+                    gain_sums[0] + sums_by_thread(dq[0] * q_hat[0], num_warps),
+                    gain_sums[1] + sums_by_thread(dq[1] * q_hat[1], num_warps),
                 )
                 if Q_BIAS:
                     shift_sums = (
-                        shift_sums[0] + sums_by_warp(dq[0], num_warps),
-                        shift_sums[1] + sums_by_warp(dq[1], num_warps),
+                        shift_sums[0] + sums_by_thread(dq[0], num_warps),
+                        shift_sums[1] + sums_by_thread(dq[1], num_warps),
                     )
 
     # ---- u in place
@@ -486,12 +484,12 @@ def hopper_backward_resident(
             for i in range(q_blocks - 1):
                 do_mem = matrix(resident, BLOCKS + i, ROWS, D2)
                 dp = start_scores(v, do_mem, zero_s)
-                s_next = start_scores(k, matrix(resident, i + 1, ROWS, D2), zero_s)
                 if not FOLD:
                     s = s * score_scale
                 lse = lse_mem.index(i).load(col_s)
                 p = operand(gl.exp2(s - lse[None, :]), DTYPE, left)
                 dv = start_values(p, do_mem, dv)
+                s_next = start_scores(k, matrix(resident, i + 1, ROWS, D2), zero_s)
                 delta = delta_mem.index(i).load(col_s)
                 dp = warpgroup_mma_wait(2 * PARTS, deps=[dp])
                 p_wide = widen(gl.convert_layout(p, mma_1))
