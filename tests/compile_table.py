@@ -53,7 +53,8 @@ def launches_of(arch: str, index: int, width: int, dtype: torch.dtype) -> dict[s
     config = choose_config(capability, width, index, dtype.itemsize * 8, gluon=True)
     names = dict.fromkeys(("forward_tile", "forward_stream"), config.forward)
     names |= dict.fromkeys(
-        ("backward_tile", "backward_resident", "backward_keys", "hopper_backward_tile"), config.backward
+        ("backward_tile", "backward_resident", "backward_keys", "hopper_backward_tile", "hopper_backward_resident"),
+        config.backward,
     )
     return names if config.queries is None else names | {"backward_queries": config.queries}
 
