@@ -43,6 +43,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .._jit import launch_kernel
 from .hopper_steps import PART, load_tile, parts, ragged, segment_rows, shared_layout
 from .hopper_tile_steps import (
     affine_rows,
@@ -836,12 +837,14 @@ def backward_stream(
         **call.work(index), items=items, score_scale=call.score_scale, H=call.heads, D=call.width, D2=second,
         K_NORM=norms.k_kind, FOLD=call.fold, REGISTERS=registers, num_warps=4,
     )  # fmt: skip
-    hopper_keys[grid](
+    launch_kernel(
+        hopper_keys, grid,
         **descriptors("k", "v", "dout", "dk", "dv"), u_1=halves["dq_1"], u_2=halves["dq_2"], rows_in=numbers(rows),
         sizes_in=numbers(sizes), key_factor=call.key_factor, k_eps=norms.k_eps, STAGES=stages[0], HOLD=hold[0],
         DEPTH=depth, **common,
     )  # fmt: skip
-    hopper_queries[grid](
+    launch_kernel(
+        hopper_queries, grid,
         **descriptors("k", "v", "q", "dout", "dq"), rows_in=numbers(rows), sizes_in=numbers(sizes),
         partials_ptr=partials, softmax_scale=call.softmax_scale, q_eps=norms.q_eps, **call.weights(),
         Q_NORM=norms.q_kind, WEIGHT_GRADS=weight_grads, SPLITS=splits, STAGES=stages[1], HOLD=hold[1], **common,
