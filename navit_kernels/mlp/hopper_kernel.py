@@ -346,7 +346,7 @@ def _write_gradients(
     first = gl.program_id(0)
     ahead = ()
     for i in gl.static_range(AHEAD):
-        ahead = ahead + _load_hidden(hidden_ptr, first, i * CHUNK, offs_t, offs_m, tokens, M, PARTS)  # noqa: RUF005
+        ahead = ahead + _load_hidden(hidden_ptr, first, i * CHUNK, offs_t, offs_m, tokens, M, PARTS)
     turn = 0
     for tile in range(first, tiles, gl.num_programs(0)):
         first_t, first_m = tile // COLUMNS * BLOCK_T, tile % COLUMNS * BLOCK_U
@@ -373,9 +373,9 @@ def _write_gradients(
                     sums = (gl.zeros([4, BLOCK_U], gl.float32, layout),) * PARTS
                 sums = _add_rows(sums, dhidden, layout)
         if dup_bias_ptr is not None:
-            start = (tile // COLUMNS).to(gl.int64) * (PARTS * M)
+            start = (tile // COLUMNS).to(gl.int64) * (PARTS * M) + first_m
             for p in gl.static_range(PARTS):
-                                gl.store(dup_bias_ptr + start + (p * M + first_m) + offs_m, gl.sum(sums[p], 0), mask=offs_m < M - first_m)
+                gl.store(dup_bias_ptr + start + p * M + offs_m, gl.sum(sums[p], 0), mask=offs_m < M - first_m)
         turn += 1
 
 

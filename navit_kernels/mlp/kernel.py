@@ -35,8 +35,8 @@ from .._jit import architecture, gluon_is_supported
 def choose_config(arch: int) -> dict[str, int] | None:
     """Launch choice of both kernels; None where torch's products and passes for the activation are taken.
 
-    up_chunk, down_chunk: rows that the activation's warpgroup takes at a time; down_ahead: chunks of hidden under way to
-    it. TABLE
+    up_chunk, down_chunk: rows that the activation's warpgroup takes at a time. down_ahead: so many chunks of hidden are
+    under way to it. TABLE
     """
     if arch != 90:
         return None
@@ -74,7 +74,7 @@ def feed_forward(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return out and hidden (empty unless kept)."""
-    (tokens, width), (_, mlp_width) = x_TE.shape, down_EM.shape
+    tokens, mlp_width = len(x_TE), down_EM.shape[1]
     config = fused_config(x_TE, mlp_width)
     if config is None:
         hidden_TU = linear(x_TE, up_UE, up_bias_U)
@@ -82,9 +82,10 @@ def feed_forward(
     else:
         from . import hopper_kernel
 
-        hidden_TU = x_TE.new_empty(tokens, len(up_UE)) if keep_hidden else None
+        hidden_TU = x_TE.new_empty(tokens if keep_hidden else 0, len(up_UE))
         act_TM = x_TE.new_empty(tokens, mlp_width)
-        hopper_kernel.up(x_TE, up_UE, up_bias_U, hidden_TU, act_TM, activation, config["up_chunk"])
+        kept_TU = hidden_TU if keep_hidden else None
+        hopper_kernel.up(x_TE, up_UE, up_bias_U, kept_TU, act_TM, activation, config["up_chunk"])
     out_TE = linear(act_TM, down_EM, down_bias_E)
     return out_TE, hidden_TU if keep_hidden else x_TE.new_empty(0, len(up_UE))
 
@@ -102,7 +103,7 @@ def feed_forward_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return dx, dup, ddown, and in float32 dup_bias and ddown_bias; empty what is not wanted or has no bias. An empty
     hidden is computed again."""
-    (tokens, width), (_, mlp_width) = x_TE.shape, down_EM.shape
+    tokens, mlp_width = len(x_TE), down_EM.shape[1]
     if len(hidden_TU) < tokens:
         hidden_TU = linear(x_TE, up_UE, up_bias_U)
     bias_grad = weight_grads and up_bias_U is not None
