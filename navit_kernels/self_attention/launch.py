@@ -93,8 +93,8 @@ class Launcher:
         if self.ends is not None:
             check_plan_tokens(self.ends, q.shape[0], k.shape[0])
 
-    def config(self, index: int, gluon: bool = False) -> ClassConfig:
-        return choose_config(self.arch, self.width, index, self.bits, gluon)
+    def config(self, index: int, gluon: bool = False, gluon_backward: bool | None = None) -> ClassConfig:
+        return choose_config(self.arch, self.width, index, self.bits, gluon, gluon_backward)
 
     def gluon(self, *tensors: Tensor) -> bool:
         """Whether Hopper's own kernels may run, which reach all tensors by TMA."""
@@ -107,11 +107,14 @@ class Launcher:
 
     def classes(self) -> list[int]:
         """The classes that may hold work, the longest segments first."""
-        return [c for c in reversed(range(CLASSES)) if self.on_device or self.ends[c + 1] > self.ends[c]]
+        return [c for c in reversed(range(CLASSES)) if self.items_of(c) > 0]
 
     def grid(self, index: int, splits: int = 1) -> tuple[int]:
-        count = self.most_items(index) if self.on_device else self.ends[index + 1] - self.ends[index]
-        return (count * self.heads * splits,)
+        return (self.items_of(index) * self.heads * splits,)
+
+    def items_of(self, index: int) -> int:
+        """A class's items; on the device, where their count is, the most that there can be."""
+        return self.most_items(index) if self.on_device else self.ends[index + 1] - self.ends[index]
 
     def most_items(self, index: int) -> int:
         """A bound on a class's items from shapes alone; the programs beyond its true count end at once."""
@@ -176,9 +179,18 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
         k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale,
         Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse, PRECISION=call.precision(),
     )  # fmt: skip
+    gluon = tokens_k > 0 and call.gluon(q, k, v, out)
     for index in call.classes():
-        config = call.config(index)
+        config = call.config(index, gluon)
         launch, rows = config.forward, rows_of_class(index)
+        if launch.kernel == "hopper_tile":
+            from . import hopper_forward_tile
+
+            hopper_forward_tile.forward_tile(
+                call, index, out, lse, save_lse, block=launch.block_m, chunk=launch.block_n, warps=launch.warps,
+                fixed_max=config.fixed_max, registers=launch.registers,
+            )  # fmt: skip
+            continue
         options = compile_options(launch)
         if launch.kernel == "tile":
             launch_kernel(
@@ -221,8 +233,9 @@ def backward(
         for grad in (dq, dk, dv):
             grad.zero_()
         return q.new_zeros(call.heads, 3, call.width, dtype=torch.float32) if weight_grads else None
-    gluon = call.gluon(q, k, v, dout, dq, dk, dv)
-    configs = {index: call.config(index, gluon) for index in call.classes()}
+    gluon = call.gluon(q, k, v, out)
+    gluon_backward = gluon and call.gluon(dout, dq, dk, dv)
+    configs = {index: call.config(index, gluon, gluon_backward) for index in call.classes()}
     splits = max((programs_per_item(i, c) for i, c in configs.items()), default=1)
     partials = lse
     if weight_grads:
@@ -244,11 +257,11 @@ def backward(
             hopper_backward_tile.backward_tile(
                 call, index, dout, lse, dq, dk, dv, partials, splits, weight_grads, block=launch.block_m,
                 warps=launch.warps, registers=launch.registers,
-                use_lse=config.forward.kernel == "tile",  # whose scores are these, to the bit; a stream's K is raw
+                use_lse=config.forward.kernel != "stream",  # whose scores are these, to the bit; a stream's K is raw
             )  # fmt: skip
             continue
         base = dict(**call.shape, **call.work(index), **compile_options(launch))
-        if launch.kernel != "stream":
+        if launch.kernel in ("tile", "resident"):
             common = dict(
                 **base, **inputs, **call.outputs(dq=dq, dk=dk, dv=dv), **call.weights(), **grads, **eps, **kinds,
                 **score, fold_scale=call.fold_scale, key_factor=call.key_factor,
@@ -269,16 +282,31 @@ def backward(
         rows, queries = rows_of_class(index), config.queries
         normalize_keys = config.normalize_keys and norms.k_kind != 0
         r_or_any = r if r.numel() else lse
-        if row_pairs is None:
-            row_pairs = torch.empty(*lse.shape, 2, dtype=torch.float32, device=q.device)
+        hopper = launch.kernel == "hopper_stream"
+        if hopper:
+            padded = torch.empty(3, call.items_of(index), call.heads, rows, dtype=torch.float32, device=q.device)
+            row_numbers, sizes = padded[:2], padded[2]
+        else:
+            if row_pairs is None:
+                planes = 2 if call.bits == 32 else 1
+                row_pairs = torch.empty(planes, *lse.shape, 2, dtype=torch.float32, device=q.device)
+            row_numbers = sizes = row_pairs
         block, warps = PREPARE[call.bits]
         launch_kernel(
             kernel_backward.backward_prepare, call.grid(index, rows // block),
             **call.shape, **call.work(index), **inputs, **call.outputs(dq=dq), **call.weights(), **eps, **kinds,
-            **score, out_ptr=out, lse_ptr=lse, rows_ptr=row_pairs, fold_scale=call.fold_scale,
-            CENTRE=norms.k_kind == NORM_CODES["layer_norm"] and not normalize_keys, ROWS=rows, BLOCK=block,
-            num_warps=warps,
+            **score, out_ptr=out, lse_ptr=lse, r_ptr=r_or_any, rows_ptr=row_numbers, sizes_ptr=sizes,
+            fold_scale=call.fold_scale, CENTRE=norms.k_kind == NORM_CODES["layer_norm"] and not normalize_keys,
+            ROWS=rows, BLOCK=block, PADDED=launch.block_m if hopper else 0, num_warps=warps,
         )  # fmt: skip
+        if hopper:
+            from . import hopper_backward
+
+            hopper_backward.backward_stream(
+                call, index, dout, dq, dk, dv, row_numbers, sizes, partials, splits, weight_grads,
+                stages=(launch.stages, queries.stages),
+            )  # fmt: skip
+            continue
         launch_kernel(
             kernel_backward.backward_keys, call.grid(index, rows // launch.block_n),
             **base, **call.rows(k=k, v=v, dout=dout), **call.outputs(dk=dk, dv=dv), **score,
@@ -301,12 +329,18 @@ def weight_gradients(norms: Norms, sums_HW: Tensor, width: int) -> Tensor:
     """(H, 3, D) of γq, βq, γk from A and, where there is a βq, B; see kernel_backward.py."""
     a_HD, b_HD = sums_HW[:, :width], sums_HW[:, width:]
     q_weight, q_bias, k_weight = (
-        default if weight is None else weight.float()
-        for weight, default in ((norms.q_weight, 1.0), (norms.q_bias, 0.0), (norms.k_weight, 1.0))
+        1.0 if weight is None else weight.float() for weight in (norms.q_weight, norms.q_bias, norms.k_weight)
     )
+    grads_H3D = a_HD.new_empty(a_HD.shape[0], 3, width)
+    dq_weight_HD, dq_bias_HD, dk_weight_HD = grads_H3D.unbind(1)
+    torch.mul(a_HD, k_weight, out=dq_weight_HD)
+    torch.mul(a_HD, q_weight, out=dk_weight_HD)
     if norms.q_bias is None:
-        return torch.stack([a_HD * k_weight, torch.zeros_like(a_HD), a_HD * q_weight], 1)
-    return torch.stack([a_HD * k_weight, b_HD * k_weight, a_HD * q_weight + b_HD * q_bias], 1)
+        dq_bias_HD.zero_()
+    else:
+        torch.mul(b_HD, k_weight, out=dq_bias_HD)
+        dk_weight_HD += b_HD * q_bias
+    return grads_H3D
 
 
 def sum_partials(call: Launcher, partials: Tensor, splits: int) -> Tensor:
