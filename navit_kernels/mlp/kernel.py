@@ -8,16 +8,16 @@
     f(h) = h · σ, σ = sigmoid(2 √(2/π) (h + 0.044715 h³))    "gelu_tanh", in which (1 + tanh y) / 2 = sigmoid(2y)
     f(gate, value) = gate · sigmoid(gate) · value            "swiglu"
 
-Backward, with dact = dout @ down:
+Backward, with dact = dout @ down, rounded:
 
     dhidden = f'(hidden) · dact        f'(h) = σ + h σ (1 − σ) · 2 √(2/π) (1 + 0.134145 h²)    "gelu_tanh"
     dx = dhidden @ up        dup = dhiddenᵀ @ x        ddown = doutᵀ @ act
     dup_bias = Σ_tokens dhidden        ddown_bias = Σ_tokens dout
 
-On Hopper `up_kernel` writes hidden and act behind its product, and `down_backward_kernel` writes act (again: it was not
-kept) and dhidden behind its own (hopper_kernel.py), so that hidden moves once in the forward and dact never. All other
-products are torch's, and elsewhere the activations, too. dup_bias sums over each row of tiles, then over the rows: no
-atomics, the same bits every time.
+On Hopper, where the table says so, `up_kernel` writes hidden and act behind its product, and `down_backward_kernel`
+writes act (again: it was not kept) and dhidden behind its own (hopper_kernel.py), so that hidden moves once in the
+forward and dact never. All other products are torch's, and elsewhere the activations, too. dup_bias sums over each row
+of tiles, then over the rows: no atomics, the same bits every time.
 
 Hendrycks, Gimpel: Gaussian Error Linear Units (2016), arXiv 1606.08415; Shazeer: GLU Variants (2020), arXiv 2002.05202.
 T tokens, E model width, M MLP width, U hidden width: M, or 2M for "swiglu".
