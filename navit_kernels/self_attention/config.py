@@ -19,7 +19,7 @@ LARGE_SHARED = (80, 90, 100)  # architectures with the shared memory that the me
 class Launch:
     """One kernel's compile-time choices. block_m: query rows; block_n: key rows; stages: of the loop's loads."""
 
-    kernel: str  # "tile", "stream", "hopper_tile", "hopper_stream", or in a backward "resident"
+    kernel: str  # "tile", "stream", "hopper_tile", "hopper_stream", or in a backward "resident" or "hopper_resident"
     block_m: int
     block_n: int
     warps: int
@@ -185,8 +185,10 @@ HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (0, 0): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U32 488, on the pt mix 31; portable 495, 54"),
     (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U64 325; uncapped 337, portable 507"),
     (0, 2): Launch("hopper_tile", 128, 128, 4, 1, None, 320, measured="U128 367; 8 warps 547, portable 852"),
+    (0, 3): Launch("hopper_resident", 256, 64, 4, 1, spills=64, measured="U256 646, pt mix 479; portable 1003, 839"),
     (1, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 423; portable 875"),
     (1, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=64, measured="U128 646; 4 warps 681, portable 1141"),
+    (1, 3): Launch("hopper_resident", 256, 64, 4, 1, spills=256, measured="U256 926, pt mix 682; portable 1701, 1414"),
     (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 356; portable 624"),
     (2, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=256, measured="U128 437; portable 899"),
     (0, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=64, measured="ft 688, U4096 3377; portable 946, 4134"),

@@ -260,6 +260,14 @@ def backward(
                 use_lse=config.forward.kernel != "stream",  # whose scores are these, to the bit; a stream's K is raw
             )  # fmt: skip
             continue
+        if launch.kernel == "hopper_resident":
+            from . import hopper_backward_resident
+
+            hopper_backward_resident.backward_resident(
+                call, index, dout, out, lse, dq, dk, dv, partials, splits, weight_grads, block=launch.block_m,
+                use_lse=config.forward.kernel != "stream" or config.normalize_keys, registers=launch.registers,
+            )  # fmt: skip
+            continue
         base = dict(**call.shape, **call.work(index), **compile_options(launch))
         if launch.kernel in ("tile", "resident"):
             common = dict(
