@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._jit import architecture, launch_kernel
+from .._jit import architecture, gluon_is_supported, launch_kernel
 from ..head_norm import NORM_CODES
 from ..plan import CLASS_LIMITS, CLASSES, ITEM_FIELDS, TILE, check_plan_tokens, max_items
 from . import kernel, kernel_backward
@@ -31,12 +31,6 @@ class Norms:
     k_kind: int
     k_weight: Tensor | None
     k_eps: float
-
-
-@functools.cache
-def gluon_is_supported() -> bool:
-    """Gluon is experimental: its names move between releases. These are tested."""
-    return (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
 
 
 def tma_reaches(*tensors: Tensor) -> bool:
