@@ -64,8 +64,9 @@ def backward_stream(
     """dk and dv, then dq over u. rows and sizes are backward_prepare's; stages those of hopper_keys and of
     hopper_queries. What else there is to choose is a matter of registers, which a head's width takes (HOLDS)."""
     norms = call.norms
-    if hold is None or depth is None:
-        hold, depth = next(choice for width, *choice in HOLDS if call.width <= width)
+    usual_hold, usual_depth = next(choice for width, *choice in HOLDS if call.width <= width)
+    hold = usual_hold if hold is None else hold
+    depth = usual_depth if depth is None else depth
     first, second = parts(max(call.width, PART.value))
     tensors = dict(q=call.q, k=call.k, v=call.v, dout=dout, dq=dq, dk=dk, dv=dv)
     halves = {f"{name}_1": ragged(x, BLOCK.value, first) for name, x in tensors.items()}
