@@ -39,10 +39,10 @@ from .hopper_backward_queries import hopper_queries
 from .hopper_steps import PART, parts, ragged, shared_layout
 from .hopper_stream_steps import BLOCK
 
-HOLDS = (  # up to a width: whether hopper_keys' and hopper_queries' own rows fit registers; hopper_keys' DEPTH
-    (64, (True, True), 1),
-    (80, (False, True), 1),
-    (128, (False, False), 0),
+SCHEDULES = (  # up to a width: hopper_keys' and hopper_queries' HOLD, hopper_keys' DEPTH, hopper_queries' UNROLL
+    (64, (True, True), 1, 2),
+    (80, (False, True), 1, 1),
+    (128, (False, False), 0, 1),
 )
 
 
@@ -59,14 +59,13 @@ def numbers(x: Tensor) -> TensorDescriptor:
 def backward_stream(
     call: Any, index: int, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, rows: Tensor, sizes: Tensor,
     partials: Tensor, splits: int, weight_grads: bool, *, stages: tuple[int, int],
-    hold: tuple[bool, bool] | None = None, depth: int | None = None, registers: int = 240,
+    hold: tuple[bool, bool] | None = None, depth: int | None = None, unroll: int | None = None, registers: int = 240,
 ) -> None:  # fmt: skip
     """dk and dv, then dq over u. rows and sizes are backward_prepare's; stages those of hopper_keys and of
     hopper_queries. What else there is to choose is a matter of registers, which a head's width takes (HOLDS)."""
     norms = call.norms
-    usual_hold, usual_depth = next(choice for width, *choice in HOLDS if call.width <= width)
-    hold = usual_hold if hold is None else hold
-    depth = usual_depth if depth is None else depth
+    usual = next(choice for width, *choice in SCHEDULES if call.width <= width)
+    hold, depth, unroll = (mine if given is None else given for given, mine in zip((hold, depth, unroll), usual))
     first, second = parts(max(call.width, PART.value))
     tensors = dict(q=call.q, k=call.k, v=call.v, dout=dout, dq=dq, dk=dk, dv=dv)
     halves = {f"{name}_1": ragged(x, BLOCK.value, first) for name, x in tensors.items()}
@@ -89,5 +88,6 @@ def backward_stream(
     hopper_queries[grid](
         **descriptors("k", "v", "q", "dout", "dq"), rows_in=numbers(rows), sizes_in=numbers(sizes),
         partials_ptr=partials, softmax_scale=call.softmax_scale, q_eps=norms.q_eps, **call.weights(),
-        Q_NORM=norms.q_kind, WEIGHT_GRADS=weight_grads, SPLITS=splits, STAGES=stages[1], HOLD=hold[1], **common,
+        Q_NORM=norms.q_kind, WEIGHT_GRADS=weight_grads, SPLITS=splits, STAGES=stages[1], HOLD=hold[1], UNROLL=unroll,
+        **common,
     )  # fmt: skip

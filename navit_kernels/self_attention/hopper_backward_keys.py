@@ -41,6 +41,40 @@ from .steps import NONE
 
 
 @gluon.jit
+def keys_step(
+    s_now, g, a, dv, k, v, scale, zero, u_tiles, dout_tiles, lse_tiles, delta_tiles, full, empty, step,
+    D2: gl.constexpr, STAGES: gl.constexpr, left: gl.constexpr,
+):  # fmt: skip
+    """The softmax of block `step`, whose scores are there; meanwhile its dP, the scores of the next block and the last
+    one's part of a; then its part of dv."""
+    PARTS: gl.constexpr = 2 if D2 else 1
+    of_col: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
+    s_old = (step - 1) % STAGES
+    s = step % STAGES
+    s_next = (step + 1) % STAGES
+    phase = ((step + 1) // STAGES) & 1
+    dout = matrix(dout_tiles, s, BLOCK, D2)
+    mbarrier.wait(full.index(s_next), phase)
+    dp_now = start_scores(v, dout, zero)
+    s_new = start_scores(k, matrix(u_tiles, s_next, BLOCK, D2), zero)
+    a_now = start_adding(g, matrix(u_tiles, s_old, BLOCK, D2), a)
+    lse = lse_tiles.index(s).load(of_col)
+    p = narrow(gl.exp2(s_now * scale[:, None] - lse[None, :]), g.dtype, left)
+    dv_now = start_adding(p, dout, dv)
+    delta = delta_tiles.index(s).load(of_col)
+    # p is a dep of the wait, and a wait for what has long come stands before it: the compiler moves the softmax over
+    # neither
+    mbarrier.wait(full.index(s_next), phase)
+    dp_now, p = warpgroup_mma_wait(3 * PARTS, deps=[dp_now, p])
+    p_32 = widen(gl.convert_layout(p, zero.type.layout))
+    g_new = narrow(p_32 * (dp_now - delta[None, :]), g.dtype, left)
+    mbarrier.wait(full.index(s_next), phase)
+    s_new, a, dv, g_new = finish_three(s_new, a_now, dv_now, g_new)
+    mbarrier.arrive(empty.index(s_old), count=1)
+    return s_new, g_new, a, dv
+
+
+@gluon.jit
 def keys_loader(
     k_in, v_in, u_in, dout_in, rows_in, sizes_in, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles,
     size_tiles, u_tiles, dout_tiles, lse_tiles, delta_tiles, own_full, own_empty, full, empty, H: gl.constexpr,
@@ -90,6 +124,7 @@ def keys_owner(
 ):  # fmt: skip
     TILE_ROWS: gl.constexpr = BLOCK * GROUPS
     PARTS: gl.constexpr = 2 if D2 else 1
+    UNROLL: gl.constexpr = DEPTH - 1 if DEPTH > 1 else 0
     DTYPE: gl.constexpr = k_tiles[0].dtype
     mma_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     mma_2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2 or 16, 16])
@@ -123,7 +158,7 @@ def keys_owner(
                 dv = zeros(layouts, D2)
                 a = zeros(layouts, D2)
 
-                if DEPTH == 2:
+                if UNROLL:
                     # the first block, and the scores of the second
                     s = step % STAGES
                     s_next = (step + 1) % STAGES
@@ -144,34 +179,25 @@ def keys_owner(
                     g = narrow(p_32 * (dp_now - delta[None, :]), DTYPE, left)
                     mbarrier.wait(full.index(s_next), ((step + 1) // STAGES) & 1)
                     s_now, dv, g = finish(s_new, dv_now, g)
-                    for _ in range(2, blocks):
-                        step += 1
-                        s_old = s
-                        u_old = u
-                        s = s_next
-                        s_next = (step + 1) % STAGES
-                        phase = ((step + 1) // STAGES) & 1
-                        u = matrix(u_tiles, s, BLOCK, D2)
-                        dout = matrix(dout_tiles, s, BLOCK, D2)
-                        mbarrier.wait(full.index(s_next), phase)
-                        dp_now = start_scores(v, dout, zero)
-                        s_new = start_scores(k, matrix(u_tiles, s_next, BLOCK, D2), zero)
-                        a_now = start_adding(g, u_old, a)
-                        lse = lse_tiles.index(s).load(of_col)
-                        p = narrow(gl.exp2(s_now * scale[:, None] - lse[None, :]), DTYPE, left)
-                        dv_now = start_adding(p, dout, dv)
-                        delta = delta_tiles.index(s).load(of_col)
-                        mbarrier.wait(full.index(s_next), phase)
-                        dp_now, p = warpgroup_mma_wait(3 * PARTS, deps=[dp_now, p])
-                        p_32 = widen(gl.convert_layout(p, mma_1))
-                        g_new = narrow(p_32 * (dp_now - delta[None, :]), DTYPE, left)
-                        mbarrier.wait(full.index(s_next), phase)
-                        s_now, a, dv, g = finish_three(s_new, a_now, dv_now, g_new)
-                        mbarrier.arrive(empty.index(s_old), count=1)
-                    # the last block
                     step += 1
+                    for _ in range((blocks - 2) // UNROLL):
+                        for _i in gl.static_range(UNROLL):
+                            s_now, g, a, dv = keys_step(
+                                s_now, g, a, dv, k, v, scale, zero, u_tiles, dout_tiles, lse_tiles, delta_tiles, full, empty, step, D2,
+                                STAGES, left,
+                            )  # fmt: skip
+                            step += 1
+                    for _ in range((blocks - 2) % UNROLL):
+                        s_now, g, a, dv = keys_step(
+                            s_now, g, a, dv, k, v, scale, zero, u_tiles, dout_tiles, lse_tiles, delta_tiles, full,
+                            empty, step, D2, STAGES, left,
+                        )  # fmt: skip
+                        step += 1
+                    # the last block
+                    s = (step - 1) % STAGES
+                    s_next = step % STAGES
                     phase = (step // STAGES) & 1
-                    u_old = u
+                    u_old = matrix(u_tiles, s, BLOCK, D2)
                     u = matrix(u_tiles, s_next, BLOCK, D2)
                     dout = matrix(dout_tiles, s_next, BLOCK, D2)
                     dp_now = start_scores(v, dout, zero)

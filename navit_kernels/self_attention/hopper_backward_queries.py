@@ -76,6 +76,35 @@ def score_gradient(p, dp, delta, r, K_NORM: gl.constexpr):
 
 
 @gluon.jit
+def queries_step(
+    s_now, g, du, u, dout, lse, delta, zero, k_tiles, v_tiles, size_tiles, full, empty, score_scale, step,
+    K_NORM: gl.constexpr, FOLD: gl.constexpr, D2: gl.constexpr, STAGES: gl.constexpr, left: gl.constexpr,
+):  # fmt: skip
+    """The softmax of block `step`, whose scores are there; meanwhile its dP, the scores of the next block and the last
+    one's part of du."""
+    PARTS: gl.constexpr = 2 if D2 else 1
+    s_old = (step - 1) % STAGES
+    s = step % STAGES
+    s_next = (step + 1) % STAGES
+    phase = ((step + 1) // STAGES) & 1
+    mbarrier.wait(full.index(s_next), phase)
+    dp_now = start_scores(dout, matrix(v_tiles, s, BLOCK, D2), zero)
+    s_new = start_scores(u, matrix(k_tiles, s_next, BLOCK, D2), zero)
+    du_now = start_adding(g, matrix(k_tiles, s_old, BLOCK, D2), du)
+    r = column_sizes(size_tiles, s, gl.SliceLayout(0, zero.type.layout), K_NORM)
+    p = weights_of(s_now, r, lse, K_NORM)
+    # p is a dep of the wait, and a wait for what has long come stands before it: the compiler moves the softmax over
+    # neither
+    mbarrier.wait(full.index(s_next), phase)
+    dp_now, p = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p])
+    g_new = narrow(score_gradient(p, dp_now, delta, r, K_NORM), g.dtype, left)
+    mbarrier.wait(full.index(s_next), phase)
+    s_new, du, g_new = finish(s_new, du_now, g_new)
+    mbarrier.arrive(empty.index(s_old), count=1)
+    return scaled(s_new, score_scale, FOLD), g_new, du
+
+
+@gluon.jit
 def queries_loader(
     k_in, v_in, u_in, dout_in, q_in, rows_in, sizes_in, items_ptr, first_item, work, tokens, tokens_k, k_tiles,
     v_tiles, size_tiles, u_tiles, dout_tiles, row_tiles, q_tiles, own_full, own_empty, q_full, q_empty, full, empty,
@@ -132,7 +161,7 @@ def queries_owner(
     q_bias_stride: gl.constexpr, k_weight_stride: gl.constexpr, H: gl.constexpr, D: gl.constexpr, D2: gl.constexpr,
     Q_NORM: gl.constexpr, K_NORM: gl.constexpr, Q_WEIGHT: gl.constexpr, Q_BIAS: gl.constexpr, K_WEIGHT: gl.constexpr,
     FOLD: gl.constexpr, WEIGHT_GRADS: gl.constexpr, NEEDS_Q: gl.constexpr, SPLITS: gl.constexpr, STAGES: gl.constexpr,
-    HOLD: gl.constexpr,
+    HOLD: gl.constexpr, UNROLL: gl.constexpr,
 ):  # fmt: skip
     TILE_ROWS: gl.constexpr = BLOCK * GROUPS
     PARTS: gl.constexpr = 2 if D2 else 1
@@ -169,64 +198,94 @@ def queries_owner(
                     mbarrier.arrive(own_empty.index(GROUP), count=1)
                 du = zeros(layouts, D2)
 
-                # the first block, and the scores of the second; each may run past the last key
-                s = step % STAGES
-                s_next = (step + 1) % STAGES
-                k = matrix(k_tiles, s, BLOCK, D2)
-                mbarrier.wait(full.index(s), (step // STAGES) & 1)
-                s_now = start_scores(u, k, zero)
-                dp_now = start_scores(dout, matrix(v_tiles, s, BLOCK, D2), zero)
-                mbarrier.wait(full.index(s_next), ((step + 1) // STAGES) & 1)
-                s_new = start_scores(u, matrix(k_tiles, s_next, BLOCK, D2), zero)
-                s_now = scaled(warpgroup_mma_wait(2 * PARTS, deps=[s_now]), score_scale, FOLD)
-                cols = gl.arange(0, BLOCK, of_col)
-                s_now = gl.where(((blocks - 1) * BLOCK + cols < k_length)[None, :], s_now, -float("inf"))
-                r = column_sizes(size_tiles, s, of_col, K_NORM)
-                p = weights_of(s_now, r, lse, K_NORM)
-                mbarrier.wait(full.index(s), (step // STAGES) & 1)
-                dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
-                g = narrow(score_gradient(p, dp_now, delta, r, K_NORM), DTYPE, left)
-                s_now = scaled(warpgroup_mma_wait(0, deps=[s_new]), score_scale, FOLD)
-                s_now = gl.where((cols < k_length)[None, :], s_now, -float("inf"))
-                for _ in range(2, blocks):
-                    step += 1
-                    s_old = s
-                    k_old = k
-                    s = s_next
+                if UNROLL:
+                    # the first block, and the scores of the second; each may run past the last key
+                    s = step % STAGES
                     s_next = (step + 1) % STAGES
-                    phase = ((step + 1) // STAGES) & 1
-                    k = matrix(k_tiles, s, BLOCK, D2)
-                    mbarrier.wait(full.index(s_next), phase)
+                    mbarrier.wait(full.index(s), (step // STAGES) & 1)
+                    s_now = start_scores(u, matrix(k_tiles, s, BLOCK, D2), zero)
                     dp_now = start_scores(dout, matrix(v_tiles, s, BLOCK, D2), zero)
+                    mbarrier.wait(full.index(s_next), ((step + 1) // STAGES) & 1)
                     s_new = start_scores(u, matrix(k_tiles, s_next, BLOCK, D2), zero)
-                    du_now = start_adding(g, k_old, du)
+                    s_now = scaled(warpgroup_mma_wait(2 * PARTS, deps=[s_now]), score_scale, FOLD)
+                    cols = gl.arange(0, BLOCK, of_col)
+                    s_now = gl.where(((blocks - 1) * BLOCK + cols < k_length)[None, :], s_now, -float("inf"))
                     r = column_sizes(size_tiles, s, of_col, K_NORM)
                     p = weights_of(s_now, r, lse, K_NORM)
-                    # p is a dep of the wait, and a wait for what has long come stands before it: the compiler moves the
-                    # softmax over neither
+                    mbarrier.wait(full.index(s), (step // STAGES) & 1)
+                    dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
+                    g = narrow(score_gradient(p, dp_now, delta, r, K_NORM), DTYPE, left)
+                    s_now = scaled(warpgroup_mma_wait(0, deps=[s_new]), score_scale, FOLD)
+                    s_now = gl.where((cols < k_length)[None, :], s_now, -float("inf"))
+                    step += 1
+                    for _ in range((blocks - 2) // UNROLL):
+                        for _i in gl.static_range(UNROLL):
+                            s_now, g, du = queries_step(
+                                s_now, g, du, u, dout, lse, delta, zero, k_tiles, v_tiles, size_tiles, full, empty,
+                                score_scale, step, K_NORM, FOLD, D2, STAGES, left,
+                            )  # fmt: skip
+                            step += 1
+                    for _ in range((blocks - 2) % UNROLL):
+                        s_now, g, du = queries_step(
+                            s_now, g, du, u, dout, lse, delta, zero, k_tiles, v_tiles, size_tiles, full, empty,
+                            score_scale, step, K_NORM, FOLD, D2, STAGES, left,
+                        )  # fmt: skip
+                        step += 1
+                    # the last block
+                    s = (step - 1) % STAGES
+                    s_next = step % STAGES
+                    phase = (step // STAGES) & 1
+                    dp_now = start_scores(dout, matrix(v_tiles, s_next, BLOCK, D2), zero)
+                    du_now = start_adding(g, matrix(k_tiles, s, BLOCK, D2), du)
+                    r = column_sizes(size_tiles, s_next, of_col, K_NORM)
+                    p = weights_of(s_now, r, lse, K_NORM)
                     mbarrier.wait(full.index(s_next), phase)
-                    dp_now, p = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p])
+                    dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
                     g_new = narrow(score_gradient(p, dp_now, delta, r, K_NORM), DTYPE, left)
                     mbarrier.wait(full.index(s_next), phase)
-                    s_now, du, g = finish(s_new, du_now, g_new)
-                    s_now = scaled(s_now, score_scale, FOLD)
-                    mbarrier.arrive(empty.index(s_old), count=1)
-                # the last block
-                step += 1
-                phase = (step // STAGES) & 1
-                dp_now = start_scores(dout, matrix(v_tiles, s_next, BLOCK, D2), zero)
-                du_now = start_adding(g, k, du)
-                r = column_sizes(size_tiles, s_next, of_col, K_NORM)
-                p = weights_of(s_now, r, lse, K_NORM)
-                mbarrier.wait(full.index(s_next), phase)
-                dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
-                g_new = narrow(score_gradient(p, dp_now, delta, r, K_NORM), DTYPE, left)
-                mbarrier.wait(full.index(s_next), phase)
-                p, du, g = finish(p, du_now, g_new)
-                mbarrier.arrive(empty.index(s), count=1)
-                du = wait_for(start_adding(g, matrix(k_tiles, s_next, BLOCK, D2), du), 0)
-                mbarrier.arrive(empty.index(s_next), count=1)
-                step += 1
+                    p, du, g = finish(p, du_now, g_new)
+                    mbarrier.arrive(empty.index(s), count=1)
+                    du = wait_for(start_adding(g, matrix(k_tiles, s_next, BLOCK, D2), du), 0)
+                    mbarrier.arrive(empty.index(s_next), count=1)
+                    step += 1
+                else:
+                    s = step % STAGES
+                    phase = (step // STAGES) & 1
+                    k = matrix(k_tiles, s, BLOCK, D2)
+                    mbarrier.wait(full.index(s), phase)
+                    s_now = start_scores(u, k, zero)
+                    dp_now = start_scores(dout, matrix(v_tiles, s, BLOCK, D2), zero)
+                    cols = gl.arange(0, BLOCK, of_col)
+                    s_now = scaled(warpgroup_mma_wait(PARTS, deps=[s_now]), score_scale, FOLD)
+                    s_now = gl.where(((blocks - 1) * BLOCK + cols < k_length)[None, :], s_now, -float("inf"))
+                    r = column_sizes(size_tiles, s, of_col, K_NORM)
+                    p = weights_of(s_now, r, lse, K_NORM)
+                    mbarrier.wait(full.index(s), phase)
+                    dp_now, p = warpgroup_mma_wait(0, deps=[dp_now, p])
+                    g = narrow(score_gradient(p, dp_now, delta, r, K_NORM), DTYPE, left)
+                    for _ in range(1, blocks):
+                        s_old = s
+                        k_old = k
+                        step += 1
+                        s = step % STAGES
+                        phase = (step // STAGES) & 1
+                        k = matrix(k_tiles, s, BLOCK, D2)
+                        mbarrier.wait(full.index(s), phase)
+                        s_now = start_scores(u, k, zero)
+                        dp_now = start_scores(dout, matrix(v_tiles, s, BLOCK, D2), zero)
+                        du_now = start_adding(g, k_old, du)
+                        s_now = scaled(warpgroup_mma_wait(2 * PARTS, deps=[s_now]), score_scale, FOLD)
+                        r = column_sizes(size_tiles, s, of_col, K_NORM)
+                        p = weights_of(s_now, r, lse, K_NORM)
+                        mbarrier.wait(full.index(s), phase)
+                        dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
+                        g_new = narrow(score_gradient(p, dp_now, delta, r, K_NORM), DTYPE, left)
+                        mbarrier.wait(full.index(s), phase)
+                        p, du, g = finish(p, du_now, g_new)
+                        mbarrier.arrive(empty.index(s_old), count=1)
+                    du = wait_for(start_adding(g, k, du), 0)
+                    mbarrier.arrive(empty.index(s), count=1)
+                    step += 1
 
                 if K_NORM == LAYER_NORM:
                     one = gl.full([BLOCK], 1.0, gl.float32, of_row)
@@ -275,7 +334,7 @@ def hopper_queries(
     softmax_scale, q_eps, H: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, Q_NORM: gl.constexpr,
     K_NORM: gl.constexpr, Q_WEIGHT: gl.constexpr, Q_BIAS: gl.constexpr, K_WEIGHT: gl.constexpr, FOLD: gl.constexpr,
     WEIGHT_GRADS: gl.constexpr, CLASS: gl.constexpr, ON_DEVICE: gl.constexpr, SPLITS: gl.constexpr,
-    STAGES: gl.constexpr, HOLD: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, HOLD: gl.constexpr, UNROLL: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     NEEDS_Q: gl.constexpr = Q_NORM != NONE or WEIGHT_GRADS
     if ON_DEVICE:
@@ -307,14 +366,14 @@ def hopper_queries(
                 tokens_k, k_tiles, v_tiles, size_tiles, u_tiles, dout_tiles, row_tiles, q_tiles, scratch,
                 own_full, own_empty, q_full, q_empty, full, empty, score_scale, softmax_scale, q_eps, q_weight_stride,
                 q_bias_stride, k_weight_stride, H, D, D2, Q_NORM, K_NORM, Q_WEIGHT, Q_BIAS, K_WEIGHT, FOLD,
-                WEIGHT_GRADS, NEEDS_Q, SPLITS, STAGES, HOLD,
+                WEIGHT_GRADS, NEEDS_Q, SPLITS, STAGES, HOLD, UNROLL,
             )),
             (queries_owner, (
                 1, dq, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item, work, tokens,
                 tokens_k, k_tiles, v_tiles, size_tiles, u_tiles, dout_tiles, row_tiles, q_tiles, scratch,
                 own_full, own_empty, q_full, q_empty, full, empty, score_scale, softmax_scale, q_eps, q_weight_stride,
                 q_bias_stride, k_weight_stride, H, D, D2, Q_NORM, K_NORM, Q_WEIGHT, Q_BIAS, K_WEIGHT, FOLD,
-                WEIGHT_GRADS, NEEDS_Q, SPLITS, STAGES, HOLD,
+                WEIGHT_GRADS, NEEDS_Q, SPLITS, STAGES, HOLD, UNROLL,
             )),
             (queries_loader, (
                 k_in, v_in, dq, dout_in, q_in, rows_in, sizes_in, items_ptr, first_item, work, tokens, tokens_k,
