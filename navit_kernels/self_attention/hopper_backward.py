@@ -65,7 +65,7 @@ def backward_stream(
     hopper_queries. What else there is to choose is a matter of registers, which a head's width takes (HOLDS)."""
     norms = call.norms
     usual = next(choice for width, *choice in SCHEDULES if call.width <= width)
-    hold, depth, unroll = (mine if given is None else given for given, mine in zip((hold, depth, unroll), usual))
+    hold, depth, unroll = (b if a is None else a for a, b in zip((hold, depth, unroll), usual, strict=True))
     first, second = parts(max(call.width, PART.value))
     tensors = dict(q=call.q, k=call.k, v=call.v, dout=dout, dq=dq, dk=dk, dv=dv)
     halves = {f"{name}_1": ragged(x, BLOCK.value, first) for name, x in tensors.items()}

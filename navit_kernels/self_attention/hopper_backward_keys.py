@@ -183,8 +183,8 @@ def keys_owner(
                     for _ in range((blocks - 2) // UNROLL):
                         for _i in gl.static_range(UNROLL):
                             s_now, g, a, dv = keys_step(
-                                s_now, g, a, dv, k, v, scale, zero, u_tiles, dout_tiles, lse_tiles, delta_tiles, full, empty, step, D2,
-                                STAGES, left,
+                                s_now, g, a, dv, k, v, scale, zero, u_tiles, dout_tiles, lse_tiles, delta_tiles, full,
+                                empty, step, D2, STAGES, left,
                             )  # fmt: skip
                             step += 1
                     for _ in range((blocks - 2) % UNROLL):
