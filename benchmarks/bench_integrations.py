@@ -20,7 +20,7 @@ from typing import Any
 import peers
 import torch
 from harness import Row, assert_same_function, gate, parse_options, parser, print_table, synchronize, write_results
-from integration_cases import DIRECTIONS, IMAGES, Grids, Side, all_cases
+from integration_cases import DIRECTIONS, IMAGES, Grids, Side, all_cases, forget
 from torch import Tensor
 
 from navit_kernels.testing import image_grids
@@ -138,10 +138,12 @@ def speedups(rows: list[Row]) -> list[Row]:
     return lines
 
 
-def clear(device: str) -> None:
-    """Leave nothing of one case to the next."""
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
+def clear(device: str, all_of_it: bool = False) -> None:
+    """Leave nothing of some images to the next ones, nor (all_of_it) of one case to the next."""
+    if all_of_it:
+        forget()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
     _direction.cache_clear()
     gc.collect()
     if device == "cuda":
@@ -185,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         print(f"{name} {images} {direction}: not enough memory for {contender}")
                         clear(options.device)
         del sides
-        clear(options.device)
+        clear(options.device, all_of_it=True)
     print_table(rows)
     print_table(speedups(rows))
     write_results("integrations", rows, options)

@@ -4,13 +4,15 @@
 
 and build(grids, device, small) gives the sides, {"before": Side, "after": Side, ...}: the others are measured
 against the first, in result and in time. `grids` are (rows, columns) of patches per image; with small=True the model is
-a tiny one, for --smoke. A package that is missing raises peers.PeerMissing.
+a tiny one, for --smoke. A package that is missing raises peers.PeerMissing. Models that `kept` made, and what was
+compiled of them, stay for all images of a case.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -38,6 +40,21 @@ class Case(NamedTuple):
     build: Callable[[Grids, str, bool], dict[str, Side]]
     directions: Sequence[str] = DIRECTIONS
     images: Sequence[str] = IMAGES
+
+
+_kept: list[Callable[[], None]] = []
+
+
+def kept(make: Callable[..., Any]) -> Callable[..., Any]:
+    """make(...), once for the same arguments until `forget`."""
+    made = functools.lru_cache(maxsize=1)(make)
+    _kept.append(made.cache_clear)
+    return made
+
+
+def forget() -> None:
+    for clear in _kept:
+        clear()
 
 
 def all_cases() -> dict[str, Case]:

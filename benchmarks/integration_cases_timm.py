@@ -8,10 +8,11 @@ device.
 import copy
 import functools
 import importlib
+from typing import Any
 
 import peers
 import torch
-from integration_cases import Case, Grids, Side
+from integration_cases import Case, Grids, Side, kept
 from torch import Tensor
 
 from navit.integrations.timm import accelerate
@@ -34,22 +35,34 @@ def padded(grids: Grids) -> dict[str, Tensor]:
     return {"patches": patches, "patch_coord": coords, "patch_valid": valid}
 
 
-def build(name: str, grids: Grids, device: str, small: bool) -> dict[str, Side]:
+@kept
+def models(name: str, device: str, small: bool) -> dict[str, tuple[Any, Any]]:
+    """Theirs and ours, each with what runs it."""
     try:
         timm = importlib.import_module("timm")
     except (ImportError, RuntimeError) as error:  # torchvision's, where it does not load
         raise peers.PeerMissing(str(error)) from error
     torch.manual_seed(0)
-    model = timm.create_model(name, **(SMALL if small else {})).to(device)
+    with torch.device(device):
+        model = timm.create_model(name, **(SMALL if small else {}))
     with torch.no_grad():  # a head and scales that are not almost zero, so that all gradients count
         for parameter in model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
     fast = accelerate(copy.deepcopy(model))
+    if device != "cuda":
+        return {"before": (model, model), "after": (fast, fast)}
+    torch._dynamo.config.recompile_limit = 64  # a shape of the padded batch each
+    return {
+        "before": (model, torch.compile(model, dynamic=False)),
+        "after": (fast, torch.compile(fast, dynamic=True)),
+    }
+
+
+def build(name: str, grids: Grids, device: str, small: bool) -> dict[str, Side]:
+    run = models(name, device, small)
     batch = {key: tensor.to(device) for key, tensor in padded(grids).items()}
     on_host = {**batch, "patch_valid": batch["patch_valid"].cpu()}
-    compiles = device == "cuda"
-    before = torch.compile(model) if compiles else model
-    after = torch.compile(fast, dynamic=True) if compiles else fast
+    (model, before), (fast, after) = run["before"], run["after"]
     return {
         "before": Side(model, functools.partial(before, batch)),
         "after": Side(fast, functools.partial(after, batch)),

@@ -13,7 +13,7 @@ from typing import Any
 
 import peers
 import torch
-from integration_cases import Case, Grids, Side
+from integration_cases import Case, Grids, Side, kept
 from torch import Tensor, nn
 
 from navit import pack
@@ -22,7 +22,7 @@ from navit.integrations.transformers import NAME, attention, register
 
 TORCH_VARLEN = "flash_torch_varlen"  # "flash" in its name, so that towers say where images begin
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
-BASE: dict[str, int] = {}
+SIGLIP2: dict[str, dict[str, int]] = {"so400m": SO400M, "base": {}}
 TINY = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 3}
 QWEN = {"hidden_size": 1280, "num_heads": 16, "depth": 32, "intermediate_size": 3420}
 TINY_QWEN = {"hidden_size": 48, "num_heads": 3, "depth": 8, "intermediate_size": 80}
@@ -42,17 +42,24 @@ def models() -> Any:
     return modeling_qwen2_5_vl
 
 
-def siglip2(options: dict[str, int], grids: Grids, device: str, small: bool) -> dict[str, Side]:
+@kept
+def siglip2_models(size: str, device: str, small: bool) -> tuple[Any, Any, Any]:
+    """Padded, unpadded once, packed."""
     models()
     from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
     torch.manual_seed(0)
-    config = Siglip2VisionConfig(**(TINY if small else options))
+    config = Siglip2VisionConfig(**(TINY if small else SIGLIP2[size]))
     with torch.device(device):
         padded = Siglip2VisionModel._from_config(config, attn_implementation="sdpa")
     unpadded = copy.deepcopy(padded)
     unpadded.set_attn_implementation(NAME)
-    packed = from_transformers(padded)
+    return padded, unpadded, from_transformers(padded)
+
+
+def siglip2(size: str, grids: Grids, device: str, small: bool) -> dict[str, Side]:
+    padded, unpadded, packed = siglip2_models(size, device, small)
+    torch.manual_seed(0)
     images = [
         torch.randint(256, (3, 16 * rows, 16 * columns), dtype=torch.uint8, device=device) for rows, columns in grids
     ]
@@ -76,13 +83,17 @@ def siglip2(options: dict[str, int], grids: Grids, device: str, small: bool) -> 
     }
 
 
-def qwen_tower(grids: Grids, device: str, small: bool) -> dict[str, Side]:
+@kept
+def qwen_model(device: str, small: bool) -> Any:
     modeling = models()
     torch.manual_seed(0)
     config = modeling.Qwen2_5_VLVisionConfig(**(TINY_QWEN if small else QWEN))
-    tower = modeling.Qwen2_5_VisionTransformerPretrainedModel._from_config(config, attn_implementation="sdpa").to(
-        device
-    )
+    with torch.device(device):
+        return modeling.Qwen2_5_VisionTransformerPretrainedModel._from_config(config, attn_implementation="sdpa")
+
+
+def qwen_tower(grids: Grids, device: str, small: bool) -> dict[str, Side]:
+    tower = qwen_model(device, small)
     grid_thw = torch.tensor([(1, rows + rows % 2, columns + columns % 2) for rows, columns in grids])
     pixels = torch.randn(int(grid_thw.prod(1).sum()), 3 * 2 * PATCH**2, device=device)
     grid_thw = grid_thw.to(device)
@@ -147,8 +158,8 @@ def torch_varlen(
 
 
 CASES = {
-    "siglip2 so400m": Case(16, functools.partial(siglip2, SO400M), directions=("forward",)),
-    "siglip2 base": Case(16, functools.partial(siglip2, BASE)),
+    "siglip2 so400m": Case(16, functools.partial(siglip2, "so400m"), directions=("forward",)),
+    "siglip2 base": Case(16, functools.partial(siglip2, "base")),
     "qwen2.5-vl tower": Case(PATCH, qwen_tower, directions=("forward",)),
     "qwen2.5-vl attention": Case(PATCH, qwen_attention),
 }

@@ -131,31 +131,43 @@ def pack(
     image, for one that does not fit the budget or the patch size.
     """
     grids = [_grid(index, image, images[0], patch_size, max_side) for index, image in enumerate(images)]
-    rng = np.random.default_rng(seed)
-    kept = [drop_tokens(rows, columns, token_drop, rng) for rows, columns in grids]
-    lengths = [len(places) for places in kept]
+    kept, lengths = None, [rows * columns for rows, columns in grids]
+    if token_drop is not None:
+        rng = np.random.default_rng(seed)
+        kept = [drop_tokens(rows, columns, token_drop, rng) for rows, columns in grids]
+        lengths = [len(places) for places in kept]
     if token_budget is None:
         groups = [list(range(len(images)))] if images else []
     else:
         groups = plan_packs([n + prefix_tokens for n in lengths], token_budget, image_budget, strategy, window)
     packs = []
+    device = images[0].device if images else torch.device("cpu")
     for group in groups:
-        grids_S2 = np.array([grids[index] for index in group])
-        places_T = np.concatenate([kept[index] for index in group])
-        columns_T = grids_S2[:, 1].repeat([lengths[index] for index in group])
+        grids_S2 = np.array([grids[index] for index in group], np.int32)
+        lengths_S = np.array([lengths[index] for index in group])
+        cu_seqlens = np.concatenate([[0], lengths_S.cumsum()]).astype(np.int32)
+        columns_T = grids_S2[:, 1].repeat(lengths_S)
+        if kept is None:
+            places_T = np.arange(cu_seqlens[-1], dtype=np.int32) - cu_seqlens[:-1].repeat(lengths_S)
+        else:
+            places_T = np.concatenate([kept[index] for index in group]).astype(np.int32)
+        rows_T = places_T // columns_T
+        coords = torch.from_numpy(np.stack([rows_T, places_T - rows_T * columns_T], 1))
+        if device.type == "cuda":
+            coords = coords.pin_memory()  # long enough for a copy from other memory to wait for the GPU
         packed = PackedImages(
             pixels=PixelBuffer.from_images([images[index] for index in group]),
             patches=None,
-            cu_seqlens=torch.tensor([0, *(lengths[index] for index in group)]).cumsum(0).int(),
-            coords=torch.from_numpy(np.stack([places_T // columns_T, places_T % columns_T], 1)).int(),
-            grids=torch.from_numpy(grids_S2).int(),
+            cu_seqlens=torch.from_numpy(cu_seqlens),
+            coords=coords,
+            grids=torch.from_numpy(grids_S2),
             order=torch.tensor(group),
             patch_size=patch_size,
             plan=plan_pack([lengths[index] + prefix_tokens for index in group]),
             prefix_tokens=prefix_tokens,
             token_budget=token_budget,
         )
-        packs.append(packed.to(images[0].device, non_blocking=True))
+        packs.append(packed.to(device, non_blocking=True))
     return packs
 
 
@@ -167,11 +179,17 @@ def in_given_order(rows: Sequence[Tensor], packs: Sequence[PackedImages]) -> Ten
 
 def _grid(index: int, image: Tensor, first: Tensor, patch_size: int, max_side: int | None) -> tuple[int, int]:
     """(rows, columns) of an image in patches."""
-    name = f"images[{index}]"
     if not isinstance(image, Tensor) or image.dim() != 3:
         got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(f"{name} must be a tensor (C, H, W), got {got}")
-    height, width = image.shape[1:]
+        raise ValueError(f"images[{index}] must be a tensor (C, H, W), got {got}")
+    channels, height, width = image.shape
+    rows, columns = height // patch_size, width // patch_size
+    fits = height and width and height == rows * patch_size and width == columns * patch_size
+    fits = fits and (max_side is None or max(rows, columns) <= max_side)
+    same = image is first or (image.dtype, channels, image.device) == (first.dtype, first.shape[0], first.device)
+    if fits and same and (image.dtype == torch.uint8 or image.dtype.is_floating_point):
+        return rows, columns
+    name = f"images[{index}]"
     if height % patch_size or width % patch_size or not height or not width:
         raise ValueError(f"{name} must have sides that are multiples of {patch_size} pixels, got {height} × {width}")
     if max_side is not None and max(height, width) > max_side * patch_size:
@@ -180,9 +198,7 @@ def _grid(index: int, image: Tensor, first: Tensor, patch_size: int, max_side: i
     if (image.dtype, image.shape[0], image.device) != (first.dtype, first.shape[0], first.device):
         expected = f"{first.shape[0]} channels of {first.dtype} on {first.device} as images[0]"
         raise ValueError(f"{name} must have {expected}, got {image.shape[0]} of {image.dtype} on {image.device}")
-    if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise ValueError(f"{name} must be uint8 or float, got {image.dtype}")
-    return height // patch_size, width // patch_size
+    raise ValueError(f"{name} must be uint8 or float, got {image.dtype}")
 
 
 # Which images share a pack

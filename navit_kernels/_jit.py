@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,55 +22,65 @@ def architecture(device: torch.device) -> int:
 
 
 class _CallSite:
-    """What calls of one kernel with the same argument names have in common: where tensors and free numbers stand."""
+    """What calls of one kernel with the same argument names have in common: the names, and what was compiled."""
 
-    def __init__(self, kernel: Any, arguments: dict[str, Any]) -> None:
+    def __init__(self, kernel: Any, positional: int, named: Iterable[str]) -> None:
         free = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-        self.tensors = [i for i, value in enumerate(arguments.values()) if isinstance(value, Tensor)]
-        self.numbers = [i for i, name in enumerate(arguments) if name in free]
+        self.names = [*kernel.arg_names[:positional], *named]
+        self.numbers = [i for i, name in enumerate(self.names) if name in free]
         self.compiled: dict[tuple, tuple[Any, list, list[tuple[int, int]]]] = {}
 
 
 _call_sites: dict[tuple, _CallSite] = {}
 
 
-def launch_kernel(kernel: Any, grid: tuple[int, ...], /, **arguments: Any) -> None:
-    """kernel[grid](**arguments), at less cost on the host.
+def launch_kernel(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any) -> None:
+    """kernel[grid](*positional, **named), at less cost on the host.
 
     Triton inspects every argument of every call. Here a compiled kernel is found by what it was compiled for: the dtype
-    and 16-byte alignment of each tensor, and the value of all else but the kernel's do_not_specialize numbers.
+    and 16-byte alignment of each tensor, the dtype, block and layout of each tensor descriptor, and the value of all
+    else but the kernel's do_not_specialize numbers.
     """
-    name = (id(kernel), *arguments)
-    values = list(arguments.values())
-    site = _call_sites.get(name)
+    values = [*positional, *named.values()]
+    key, pointers, device = values.copy(), [], None
+    for i, value in enumerate(values):
+        kind = type(value)
+        if value is None or kind is int or kind is bool or kind is float:
+            continue
+        if isinstance(value, Tensor):
+            device = value.device
+            values[i] = address = value.data_ptr()
+            key[i] = (value.dtype, address % 16 == 0)
+        elif hasattr(value, "block_shape"):
+            device = value.base.device
+            key[i] = (value.base.dtype, *value.block_shape, getattr(value, "layout", None))
+        else:
+            continue
+        pointers.append(i)
+    if device is None or device.type != "cuda":
+        kernel[grid](*positional, **named)  # interpreted, or compiled ahead of time
+        return
+    call = (id(kernel), len(positional), *named)
+    site = _call_sites.get(call)
     if site is None:
-        if all(value.device.type != "cuda" for value in values if isinstance(value, Tensor)):
-            kernel[grid](**arguments)  # interpreted, or compiled ahead of time
-            return
-        site = _call_sites[name] = _CallSite(kernel, arguments)
-    key = values.copy()
-    for i in site.tensors:
-        tensor = values[i]
-        values[i] = address = tensor.data_ptr()
-        key[i] = (tensor.dtype, address % 16 == 0)
+        site = _call_sites[call] = _CallSite(kernel, len(positional), named)
     for i in site.numbers:
         key[i] = None
-    key.append(tensor.device.index)
+    key.append(device.index)
     found = site.compiled.get(tuple(key))
     if found is None:
-        places = {name: place for place, name in enumerate(kernel.arg_names)}
-        names = list(arguments)
-        changing = [(places[names[i]], i) for i in (*site.tensors, *site.numbers)]
+        arguments = dict(zip(site.names, values, strict=True))
+        moving = [(kernel.arg_names.index(site.names[i]), i) for i in (*pointers, *site.numbers)]
         template = [arguments.get(name) for name in kernel.arg_names]
-        for place, _ in changing:
+        for place, _ in moving:
             template[place] = None
-        site.compiled[tuple(key)] = (kernel[grid](**arguments), template, changing)
+        site.compiled[tuple(key)] = (kernel[grid](*positional, **named), template, moving)
         return
-    compiled, template, changing = found
-    positional = template.copy()
-    for place, i in changing:
-        positional[place] = values[i]
-    compiled[(*grid, 1, 1)[:3]](*positional, stream=torch._C._cuda_getCurrentRawStream(tensor.device.index))
+    compiled, template, moving = found
+    arguments_in_order = template.copy()
+    for place, i in moving:
+        arguments_in_order[place] = values[i]
+    compiled[(*grid, 1, 1)[:3]](*arguments_in_order, stream=torch._C._cuda_getCurrentRawStream(device.index))
 
 
 @triton.jit

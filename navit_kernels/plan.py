@@ -92,12 +92,15 @@ def plan_pack(
     ends = sides.cumsum(1)
     cu_seqlens = torch.cat([torch.zeros(2, 1, dtype=torch.int64), ends], 1).to(torch.int32)
     longest = sides.amax(0)
-    classes = torch.bucketize(longest, torch.tensor(CLASS_LIMITS))
+    # bucketize, searchsorted and repeat_interleave would wake a pool of threads, which takes longer than all of this
+    classes = (longest[:, None] > torch.tensor(CLASS_LIMITS)).sum(1)
     tiles = torch.where(classes == CLASSES - 1, -(-longest // TILE), (longest > 0).long())
     order = torch.argsort(classes * (1 << 40) - longest, stable=True)
-    segment = order.repeat_interleave(tiles[order])
-    first = (tiles[order].cumsum(0) - tiles[order]).repeat_interleave(tiles[order])
-    count = segment.numel()
+    item_ends = tiles[order].cumsum(0)
+    firsts, count = item_ends - tiles[order], int(tiles.sum())
+    begun = torch.zeros(count + 1, dtype=torch.int64).index_add_(0, firsts, torch.ones_like(firsts))
+    rank = begun[:count].cumsum(0) - 1
+    segment, first = order[rank], firsts[rank]
     items = torch.zeros(max_items(int(longest.sum()), len(longest)), ITEM_FIELDS, dtype=torch.int32)
     starts = ends - sides
     columns = (starts[0][segment], sides[0][segment], starts[1][segment], sides[1][segment])

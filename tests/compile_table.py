@@ -51,7 +51,7 @@ def launches_of(arch: str, index: int, width: int, dtype: torch.dtype) -> dict[s
     """The launch table's row for each kernel that multiplies tiles, by the kernel's name."""
     capability = 0 if arch.startswith("gfx") else int(arch[3:])
     config = choose_config(capability, width, index, dtype.itemsize * 8, gluon=True)
-    names = dict.fromkeys(("forward_tile", "forward_stream"), config.forward)
+    names = dict.fromkeys(("forward_tile", "forward_stream", "hopper_forward_tile"), config.forward)
     names |= dict.fromkeys(
         ("backward_tile", "backward_resident", "backward_keys", "hopper_backward_tile", "hopper_keys"), config.backward
     )

@@ -92,12 +92,16 @@ def results(
 
 
 def assert_matches_reference(case: Case, grids: list[tuple[int, int]], device: str) -> None:
-    inputs = case.inputs(grids, device)
-    exact = results(case, inputs, "reference", exact=True)
-    at_dtype = results(case, inputs, "reference")
-    for name, actual in results(case, inputs, "triton").items():
-        assert actual.dtype == at_dtype[name].dtype, name
-        assert_error_within(actual, exact[name], at_dtype[name], name)
+    """Every result's error is within its bound: the mean of some draws in float32, where one's largest is luck."""
+    runs = []
+    for seed in range(4 if case.dtype == FP32 else 1):
+        inputs = case.inputs(grids, device, seed)
+        exact = results(case, inputs, "reference", exact=True)
+        runs.append((results(case, inputs, "triton"), exact, results(case, inputs, "reference")))
+    for name in runs[0][0]:
+        actual, exact_draws, at_dtype = ([run[i][name] for run in runs] for i in range(3))
+        assert actual[0].dtype == at_dtype[0].dtype, name
+        assert_error_within(actual, exact_draws, at_dtype, name)
 
 
 def cases(patch_size: int, channels: int) -> Iterator[Case]:

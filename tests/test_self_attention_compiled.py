@@ -21,13 +21,14 @@ from navit_kernels.self_attention.launch import programs_per_item
 def test_every_launch_covers_its_class(arch: int, bits: int, gluon: bool) -> None:
     for width, index in itertools.product(SUPPORTED_HEAD_DIMS, range(CLASSES)):
         config, rows = choose_config(arch, width, index, bits, gluon), rows_of_class(index)
-        assert config.forward.kernel in ("tile", "stream")
+        assert config.forward.kernel in ("tile", "stream", "hopper_tile", "hopper_stream")
         assert (config.queries is not None) == (config.backward.kernel in ("stream", "hopper_stream"))
         assert programs_per_item(index, config) * (config.queries or config.backward).block_m >= rows
         for launch in filter(None, (config.forward, config.backward, config.queries)):
             assert all(size >= 16 and size & (size - 1) == 0 for size in (launch.block_m, launch.block_n))
             if launch.kernel == "hopper_tile":
-                assert launch.block_m == launch.block_n >= rows
+                assert launch.block_m >= rows
+                assert launch.block_m % launch.block_n == 0
                 assert index < CLASSES - 1
                 continue
             assert rows % launch.block_m == 0

@@ -430,6 +430,12 @@ def test_without_timm_the_error_names_what_to_install(monkeypatch: pytest.Monkey
         accelerate(nn.Linear(2, 2))
 
 
+def test_an_old_timm_is_named_with_what_to_install(naflexvit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "1.0.15")
+    with pytest.raises(ImportError, match=r"timm >= 1\.0\.29, found 1\.0\.15.*navit-kernels\[timm\]"):
+        accelerate(make(naflexvit))
+
+
 def test_importing_the_integration_imports_no_timm() -> None:
     command = "import navit.integrations.timm, sys; assert not {'timm', 'torchvision'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", command], cwd=ROOT, check=True)

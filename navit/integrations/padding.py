@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,8 +99,14 @@ def whole(images: int, slots: int, device: torch.device, prefix: int = 0) -> Unp
 
 @torch.library.custom_op("navit::unpad", mutates_args=())
 def _unpad(valid_SN: Tensor, device: torch.device, prefix: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    lengths = valid_SN.sum(1).tolist()
-    slots_T = torch.nonzero_static(valid_SN.flatten(), size=sum(lengths))[:, 0]
+    if valid_SN.device.type == "cpu":  # torch would share this little work among threads, which takes longer
+        valid = valid_SN.numpy()
+        lengths, slots_T = valid.sum(1).tolist(), torch.from_numpy(np.flatnonzero(valid))
+        if device.type == "cuda":
+            slots_T = slots_T.pin_memory()  # long enough for a copy from other memory to wait for the GPU
+    else:
+        lengths = valid_SN.sum(1).tolist()
+        slots_T = torch.nonzero_static(valid_SN.flatten(), size=sum(lengths))[:, 0]
     plan = plan_pack([length + prefix for length in lengths], device)
     assert plan.host_offsets is not None
     return slots_T.to(device, non_blocking=True), plan.cu_seqlens, plan.items, plan.offsets, plan.host_offsets

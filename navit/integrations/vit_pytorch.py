@@ -38,7 +38,7 @@ from navit_kernels import (
     patchify,
     varlen_attention_qkvpacked,
 )
-from navit_kernels._autocast import autocast_dtype
+from navit_kernels._autocast import autocast_dtype, joined
 from navit_kernels._checks import fail
 from navit_kernels.patches import KeptPatches
 
@@ -202,13 +202,15 @@ class PackedNaViT(nn.Module):
         norms = [attention.norm for attention, _ in layers] + [self.transformer.norm]
         x_TE, normed_TE = _add_norm(x_TE, None, norms[0], self._dtype())
         for (attention, mlp), norm_after in zip(layers, norms[1:], strict=True):
-            branch_TE = attention(normed_TE, packed.cu_seqlens, packed.plan)
             norm, up, activation, inner_dropout, down, dropout = mlp
+            parts = [attention.weights(), [attention.out_weight()], *([part] for part in _matrices(up, down))]
+            qkv, out, *mlp_weights = joined(parts, self._dtype())
+            branch_TE = attention(normed_TE, qkv, out, packed.cu_seqlens, packed.plan)
             x_TE, normed_TE = _add_norm(x_TE, branch_TE, norm)
             if self.training and inner_dropout.p > 0:
                 branch_TE = down(inner_dropout(activation(up(normed_TE))))
             else:
-                branch_TE = feed_forward(normed_TE, up.weight, down.weight, up.bias, down.bias, activation="gelu")
+                branch_TE = feed_forward(normed_TE, *mlp_weights, activation="gelu")
             x_TE, normed_TE = _add_norm(x_TE, dropout(branch_TE), norm_after)
         pooled_SE = self.attn_pool.pool(self.attn_pool_queries, normed_TE, packed.cu_seqlens)
         if not self.nested:
@@ -267,6 +269,11 @@ class PackedNaViT(nn.Module):
         return 1 - max(1, kept) / count
 
 
+def _matrices(up: Any, down: Any) -> tuple[Tensor, ...]:
+    """In feed_forward's order."""
+    return up.weight, down.weight, up.bias, down.bias
+
+
 def _parts(norm: Any) -> tuple[Tensor, Tensor | None, float]:
     return norm.weight, norm.bias, norm.eps
 
@@ -314,30 +321,34 @@ class Attention(nn.Module):
     def head_norms(self) -> tuple[HeadNorm | None, HeadNorm | None]:
         raise NotImplementedError
 
-    def project(self, out_TI: Tensor) -> Tensor:
+    def out_weight(self) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, normed_TE: Tensor, cu_seqlens: Tensor, plan: PackPlan | None) -> Tensor:
-        """(T, E): each image's tokens attend to one another."""
-        weight_3HDE = torch.cat([part.to(normed_TE.dtype) for part in self.weights()])
-        qkv_T3HD = linear(normed_TE, weight_3HDE).unflatten(1, (3, self.heads, -1))
+    def project(self, out_TI: Tensor, out_EI: Tensor) -> Tensor:
+        return linear(out_TI, out_EI)
+
+    def forward(
+        self, normed_TE: Tensor, qkv_3HDE: Tensor, out_EI: Tensor, cu_seqlens: Tensor, plan: PackPlan | None
+    ) -> Tensor:
+        """(T, E): each image's tokens attend to one another. qkv, out: `weights` and `out_weight` in normed's dtype."""
+        qkv_T3HD = linear(normed_TE, qkv_3HDE).unflatten(1, (3, self.heads, -1))
         q_norm, k_norm = self.head_norms()
         out_THD = varlen_attention_qkvpacked(
             qkv_T3HD, cu_seqlens, q_norm=q_norm, k_norm=k_norm, softmax_scale=self.softmax_scale, plan=plan
         )
-        return self.project(out_THD.flatten(1))
+        return self.project(out_THD.flatten(1), out_EI)
 
     def pool(self, query_E: Tensor, x_TE: Tensor, cu_seqlens: Tensor) -> Tensor:
         """(S, E): one query looks at each image's tokens."""
         to_q, *to_kv = self.weights()
         query_HD = linear(self.norm(query_E), to_q).unflatten(0, (self.heads, -1))
-        weight_2HDE = torch.cat([part.to(x_TE.dtype) for part in to_kv])
-        k_THD, v_THD = linear(x_TE, weight_2HDE).unflatten(1, (2, self.heads, -1)).unbind(1)
+        kv_2HDE, out_EI = joined([to_kv, [self.out_weight()]], x_TE.dtype)
+        k_THD, v_THD = linear(x_TE, kv_2HDE).unflatten(1, (2, self.heads, -1)).unbind(1)
         q_norm, k_norm = self.head_norms()
         pooled_SHD = attention_pool(
             query_HD, k_THD, v_THD, cu_seqlens, q_norm=q_norm, k_norm=k_norm, softmax_scale=self.softmax_scale
         )
-        return self.project(pooled_SHD.flatten(1))
+        return self.project(pooled_SHD.flatten(1), out_EI)
 
 
 class DenseAttention(Attention):
@@ -360,8 +371,11 @@ class DenseAttention(Attention):
     def head_norms(self) -> tuple[HeadNorm, HeadNorm]:
         return HeadNorm("l2", self.q_norm.gamma.squeeze(1)), HeadNorm("l2", self.k_norm.gamma.squeeze(1))
 
-    def project(self, out_TI: Tensor) -> Tensor:
-        return self.to_out(out_TI)
+    def out_weight(self) -> Tensor:
+        return cast(Tensor, self.to_out[0].weight)
+
+    def project(self, out_TI: Tensor, out_EI: Tensor) -> Tensor:
+        return self.to_out[1](super().project(out_TI, out_EI))
 
 
 class HeadGamma(nn.Module):
@@ -393,5 +407,5 @@ class NestedAttention(Attention):
         q_norm, k_norm = (HeadNorm("layer_norm", n.weight, eps=n.eps) for n in (self.query_norm, self.key_norm))
         return q_norm, k_norm
 
-    def project(self, out_TI: Tensor) -> Tensor:
-        return self.to_out(out_TI)
+    def out_weight(self) -> Tensor:
+        return self.to_out.weight

@@ -208,7 +208,7 @@ def feed_forward_backward(
     if config is None:
         act_TM = _activate_torch(hidden_TU, activation)
         dhidden_TU = _activate_backward_torch(dout_TE @ down_EM, hidden_TU, activation)
-        partial_GU = dhidden_TU.float() if bias_grad else None
+        partial_GU = dhidden_TU if bias_grad else None
     else:
         block_t, block_m, block_e = config["BLOCK_T"], config["BLOCK_M"], config["BLOCK_E"]
         rows = triton.cdiv(tokens, block_t)
@@ -222,6 +222,8 @@ def feed_forward_backward(
     ddown_EM = dout_TE.T @ act_TM if weight_grads else x_TE.new_empty(0)
     del act_TM  # frees what the next products write
     dup_UE = dhidden_TU.T @ x_TE if weight_grads else x_TE.new_empty(0)
-    dup_bias_U = x_TE.new_empty(0, dtype=torch.float32) if partial_GU is None else partial_GU.sum(0)
+    dup_bias_U = (
+        x_TE.new_empty(0, dtype=torch.float32) if partial_GU is None else partial_GU.sum(0, dtype=torch.float32)
+    )
     down_bias = dout_TE if weight_grads and down_bias_grad else dout_TE[:, :0]
     return dhidden_TU @ up_UE, dup_UE, ddown_EM, dup_bias_U, down_bias.sum(0, dtype=torch.float32)

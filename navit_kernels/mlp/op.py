@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from .._autocast import autocast_dtype
 from .._checks import check_dtype, check_option, check_same, check_shape
+from .._direct import define, direct, skips_dispatcher
 from . import reference
 
 BACKENDS = ("auto", "reference", "triton")
@@ -65,11 +68,11 @@ def feed_forward(
     check_dtype("x", x_TE, DTYPES)
     trained = any(tensor is not None and tensor.requires_grad for tensor in (x_TE, *others.values()))
     keep_hidden = trained and torch.is_grad_enabled() and not recompute
-    return _feed_forward(x_TE, up_UE, down_EM, up_bias_U, down_bias_E, activation, keep_hidden)[0]
+    run = _feed_forward_directly if skips_dispatcher(x_TE) else _feed_forward
+    return run(x_TE, up_UE, down_EM, up_bias_U, down_bias_E, activation, keep_hidden)[0]
 
 
-@torch.library.custom_op("navit_kernels::feed_forward", mutates_args=())
-def _feed_forward(
+def _forward_kernel(
     x_TE: Tensor, up_UE: Tensor, down_EM: Tensor, up_bias_U: Tensor | None, down_bias_E: Tensor | None,
     activation: str, keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -78,13 +81,15 @@ def _feed_forward(
     return kernel.feed_forward(x_TE, up_UE, down_EM, up_bias_U, down_bias_E, activation, keep_hidden)
 
 
-@_feed_forward.register_fake
+_feed_forward = define("feed_forward", _forward_kernel)
+
+
+@torch.library.register_fake("navit_kernels::feed_forward")
 def _(x_TE, up_UE, down_EM, up_bias_U, down_bias_E, activation, keep_hidden):  # type: ignore[no-untyped-def]
     return x_TE.new_empty(x_TE.shape), x_TE.new_empty(x_TE.shape[0] if keep_hidden else 0, up_UE.shape[0])
 
 
-@torch.library.custom_op("navit_kernels::feed_forward_backward", mutates_args=())
-def _feed_forward_backward(
+def _backward_kernel(
     dout_TE: Tensor, x_TE: Tensor, hidden_TU: Tensor, up_UE: Tensor, down_EM: Tensor, up_bias_U: Tensor | None,
     activation: str, weight_grads: bool, down_bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -95,11 +100,14 @@ def _feed_forward_backward(
     )
 
 
-@_feed_forward_backward.register_fake
+_feed_forward_backward = define("feed_forward_backward", _backward_kernel)
+
+
+@torch.library.register_fake("navit_kernels::feed_forward_backward")
 def _(dout_TE, x_TE, hidden_TU, up_UE, down_EM, up_bias_U, activation, weight_grads, down_bias_grad):  # type: ignore[no-untyped-def]
     biases = (
-        (weight_grads and up_bias_U is not None) * up_UE.shape[0],
-        (weight_grads and down_bias_grad) * x_TE.shape[1],
+        up_UE.shape[0] if weight_grads and up_bias_U is not None else 0,
+        x_TE.shape[1] if weight_grads and down_bias_grad else 0,
     )
     return (
         x_TE.new_empty(x_TE.shape),
@@ -116,9 +124,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout_TE: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _gradients(run: Callable[..., Any], ctx: Any, dout_TE: Tensor, _: None) -> tuple[Tensor | None, ...]:
     up_bias_U, weight_grads = ctx.saved_tensors[-1], any(ctx.needs_input_grad[1:5])
-    dx_TE, dup_UE, ddown_EM, dup_bias_U, ddown_bias_E = _feed_forward_backward(
+    dx_TE, dup_UE, ddown_EM, dup_bias_U, ddown_bias_E = run(
         dout_TE, *ctx.saved_tensors, ctx.activation, weight_grads, ctx.has_down_bias
     )
     return (
@@ -132,4 +140,7 @@ def _backward(ctx: Any, dout_TE: Tensor, _: None) -> tuple[Tensor | None, ...]:
     )
 
 
-_feed_forward.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "navit_kernels::feed_forward", functools.partial(_gradients, _feed_forward_backward), setup_context=_setup_context
+)
+_feed_forward_directly = direct(_forward_kernel, _setup_context, functools.partial(_gradients, _backward_kernel))

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._jit import segment_of
+from .._jit import launch_kernel, segment_of
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def _pixel_offsets(first_pixel, height, width, offs_p, PATCH: tl.constexpr):
 def _unit(patch, mask_p, eps, P: tl.constexpr):
     """Normalize each patch; also rstd."""
     centred = tl.where(mask_p[None, :], patch - (tl.sum(patch, 1) / P)[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / P + eps)
+    rstd = 1 / tl.sqrt_rn(tl.sum(centred * centred, 1) / P + eps)
     return centred * rstd[:, None], rstd
 
 
@@ -117,7 +117,7 @@ def forward_kernel(
             mask_p = block * BLOCK_P + tl.arange(0, BLOCK_P) < P
             centred = tl.where(mask_p[None, :], values[block] - mean[:, None], 0.0)
             square += tl.sum(centred * centred, 1)
-        rstd = tl.rsqrt(square / P + eps)
+        rstd = 1 / tl.sqrt_rn(square / P + eps)
 
     for block in tl.static_range(BLOCKS):
         offs_p = block * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -237,7 +237,8 @@ def patchify(
     patches_TP = pixels.new_empty(tokens, values, dtype=dtype)
     if tokens:
         config = choose_config(values, patch_size)
-        forward_kernel[(triton.cdiv(tokens, config["ROWS"]),)](
+        launch_kernel(
+            forward_kernel, (triton.cdiv(tokens, config["ROWS"]),),
             pixels, offsets_S, sizes_S2, cu_seqlens, coords_T2, weight_P, bias_P, patches_TP,
             tokens, offsets_S.shape[0], eps, *_scales(pixels, mean, std), **config,
         )  # fmt: skip
@@ -270,7 +271,8 @@ def patchify_backward(
     partial_GNP = d_patches_TP.new_empty(programs, sums, values, dtype=torch.float32)
     partial_NGP = partial_GNP.transpose(0, 1)
     if tokens:
-        backward_kernel[(programs,)](
+        launch_kernel(
+            backward_kernel, (programs,),
             d_patches_TP.contiguous(), pixels, offsets_S, sizes_S2, cu_seqlens, coords_T2, weight_P,
             d_pixels if wants_pixels else None, partial_NGP[0] if sums else None, partial_NGP[1] if sums > 1 else None,
             tokens, offsets_S.shape[0], eps, *_scales(pixels, mean, std), **config, STRIDE=partial_GNP.stride(0),

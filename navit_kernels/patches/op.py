@@ -5,13 +5,15 @@ T tokens (kept patches), S images, C channels, P patch values = C Â· patch_sizeÂ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import check_cu_seqlens, check_dtype, check_option, check_same, check_shape, fail
+from .._direct import define, direct, skips_dispatcher
 from . import reference
 from .pixels import KeptPatches, PixelBuffer
 
@@ -75,7 +77,8 @@ def patchify(
     check_option("dtype", dtype, FLOATS[:3])
     weight_P, bias_P, eps = norm or (None, None, 0.0)
     cu_seqlens, coords_T2 = (None, None) if keep is None else (keep.cu_seqlens, keep.coords_T2.contiguous())
-    return _patchify(
+    run = _patchify_directly if skips_dispatcher(images.pixels) else _patchify
+    return run(
         images.pixels.contiguous(), images.offsets_S, images.sizes_S2.contiguous(), images.channels, cu_seqlens,
         coords_T2, patch_size, [*mean], [*std], weight_P, bias_P, eps, dtype,
     )  # fmt: skip
@@ -102,8 +105,7 @@ def _check_sides(sizes: list[tuple[int, ...]], patch_size: int) -> None:
             fail(f"images[{index}]", f"of sides that are multiples of the patch size {patch_size}", (height, width))
 
 
-@torch.library.custom_op("navit_kernels::patchify", mutates_args=())
-def _patchify(
+def _forward_kernel(
     pixels: Tensor, offsets_S: Tensor, sizes_S2: Tensor, channels: int, cu_seqlens: Tensor | None,
     coords_T2: Tensor | None, patch_size: int, mean: Sequence[float], std: Sequence[float],
     weight_P: Tensor | None, bias_P: Tensor | None, eps: float, dtype: torch.dtype,
@@ -127,15 +129,17 @@ def _patchify(
     )
 
 
-@_patchify.register_fake
+_patchify = define("patchify", _forward_kernel)
+
+
+@torch.library.register_fake("navit_kernels::patchify")
 def _(pixels, offsets_S, sizes_S2, channels, cu_seqlens, coords_T2, patch_size, *others):  # type: ignore[no-untyped-def]
     values = channels * patch_size**2
     tokens = pixels.shape[0] // values if coords_T2 is None else coords_T2.shape[0]
     return pixels.new_empty(tokens, values, dtype=others[-1])
 
 
-@torch.library.custom_op("navit_kernels::patchify_backward", mutates_args=())
-def _patchify_backward(
+def _backward_kernel(
     d_patches_TP: Tensor, pixels: Tensor, offsets_S: Tensor, sizes_S2: Tensor, channels: int,
     cu_seqlens: Tensor | None, coords_T2: Tensor | None, patch_size: int, mean: Sequence[float], std: Sequence[float],
     weight_P: Tensor | None, has_bias: bool, eps: float, wants_pixels: bool,
@@ -148,7 +152,10 @@ def _patchify_backward(
     )  # fmt: skip
 
 
-@_patchify_backward.register_fake
+_patchify_backward = define("patchify_backward", _backward_kernel)
+
+
+@torch.library.register_fake("navit_kernels::patchify_backward")
 def _(d_patches_TP, pixels, *others):  # type: ignore[no-untyped-def]
     weight_P, has_bias, _, wants_pixels = others[-4:]
     sums = 0 if weight_P is None else 1 + has_bias
@@ -165,11 +172,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.bias_dtype = None if bias_P is None else bias_P.dtype
 
 
-def _backward(ctx: Any, d_patches_TP: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(run: Callable[..., Any], ctx: Any, d_patches_TP: Tensor) -> tuple[Tensor | None, ...]:
     pixels, offsets_S, sizes_S2, cu_seqlens, coords_T2, weight_P = ctx.saved_tensors
     channels, patch_size, mean, std, eps = ctx.constants
     wants_pixels, has_bias = ctx.needs_input_grad[0], ctx.bias_dtype is not None
-    d_pixels, d_norm_NP = _patchify_backward(
+    d_pixels, d_norm_NP = run(
         d_patches_TP, pixels, offsets_S, sizes_S2, channels, cu_seqlens, coords_T2, patch_size, mean, std,
         weight_P, has_bias, eps, wants_pixels,
     )  # fmt: skip
@@ -178,4 +185,7 @@ def _backward(ctx: Any, d_patches_TP: Tensor) -> tuple[Tensor | None, ...]:
     return d_pixels if wants_pixels else None, *(None,) * 8, d_weight_P, d_bias_P, None, None
 
 
-_patchify.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "navit_kernels::patchify", functools.partial(_gradients, _patchify_backward), setup_context=_setup_context
+)
+_patchify_directly = direct(_forward_kernel, _setup_context, functools.partial(_gradients, _backward_kernel))

@@ -39,16 +39,17 @@ class PixelBuffer:
         if len(images) == 0:
             fail("images", "at least one image", "none")
         first = images[0]
+        kind = (first.dtype, first.device) if isinstance(first, Tensor) else None
         for index, image in enumerate(images):
             if not isinstance(image, Tensor) or image.dim() != 3:
                 got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
                 fail(f"images[{index}]", "a tensor (C, H, W)", got)
-            if (image.shape[0], image.dtype, image.device) != (first.shape[0], first.dtype, first.device):
+            if image.shape[0] != first.shape[0] or (image.dtype, image.device) != kind:
                 wanted = f"like images[0]: {first.shape[0]} channels, {first.dtype}, {first.device}"
                 fail(f"images[{index}]", wanted, f"{image.shape[0]} channels, {image.dtype}, {image.device}")
         flat = [image.reshape(-1) for image in images]
         sizes_S2 = torch.tensor([image.shape[1:] for image in images], dtype=torch.int32)
-        counts = torch.tensor([image.numel() for image in images])
+        counts = sizes_S2.prod(1) * first.shape[0]
         offsets_S = counts.cumsum(0) - counts
         if pin_memory and first.device.type == "cpu":
             pixels = torch.empty(int(counts.sum()), dtype=first.dtype, pin_memory=True)

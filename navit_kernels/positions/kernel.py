@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._jit import launch_kernel
+
 
 @triton.jit
 def _corners(coords_ptr, axis, offs_t, mask_t, length):
@@ -233,7 +235,8 @@ def add_positions(
     y_TE = x_TE.new_empty(tokens, width, dtype=dtype)
     if tokens:
         config = choose_config(width)
-        forward_kernel[(triton.cdiv(tokens, config["ROWS"]),)](
+        launch_kernel(
+            forward_kernel, (triton.cdiv(tokens, config["ROWS"]),),
             x_TE.contiguous(), coords_T2.contiguous(), row_table_LE.contiguous(), column_table_LE.contiguous(),
             weight_E, bias_E, y_TE, tokens, row_table_LE.shape[0], column_table_LE.shape[0], eps,
             ROW_WIDTH=row_table_LE.shape[1], COLUMN_WIDTH=column_table_LE.shape[1],
@@ -250,7 +253,8 @@ def norm_backward(dy_TE: Tensor, x_TE: Tensor, weight_E: Tensor, has_bias: bool,
     programs = min(triton.cdiv(tokens, config["ROWS"]), PROGRAMS)
     partial_GNE = x_TE.new_empty(programs, 1 + has_bias, width, dtype=torch.float32)
     if tokens:
-        norm_backward_kernel[(programs,)](
+        launch_kernel(
+            norm_backward_kernel, (programs,),
             dy_TE.contiguous(), x_TE.contiguous(), weight_E, dx_TE,
             partial_GNE[:, 0], partial_GNE[:, 1] if has_bias else None,
             tokens, eps, STRIDE=partial_GNE.stride(0), **config,
@@ -273,7 +277,8 @@ def table_backward(
     chunks = triton.cdiv(tokens, chunk)
     partial = dy_TE.new_empty(chunks, rows * row_width + columns * column_width, dtype=torch.float32)
     if tokens:
-        table_backward_kernel[(blocks_l, blocks_e, chunks)](
+        launch_kernel(
+            table_backward_kernel, (blocks_l, blocks_e, chunks),
             dy_TE.contiguous(), coords_T2.contiguous(), row_table_LE.contiguous(), column_table_LE.contiguous(),
             partial, tokens, rows, columns, chunk, 1.0,
             E=width, ROW_WIDTH=row_width, COLUMN_WIDTH=column_width, PRODUCT=product, LERP=lerp, **config,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import check_dtype, check_option, check_same, check_shape, fail
+from .._direct import define, direct, skips_dispatcher
 from . import reference
 
 BACKENDS = ("auto", "reference", "triton")
@@ -81,13 +84,11 @@ def add_positions(
     check_dtype("x", x_TE, FLOATS[:3])
     check_same("column_table", column_table_LE, "row_table", row_table_LE)
     weight_E, bias_E, eps = norm or (None, None, 0.0)
-    return _add_positions(
-        x_TE, coords_T2, row_table_LE, column_table_LE, combine, weight_E, bias_E, eps, dtype or x_TE.dtype
-    )
+    run = _add_positions_directly if skips_dispatcher(x_TE) else _add_positions
+    return run(x_TE, coords_T2, row_table_LE, column_table_LE, combine, weight_E, bias_E, eps, dtype or x_TE.dtype)
 
 
-@torch.library.custom_op("navit_kernels::add_positions", mutates_args=())
-def _add_positions(
+def _forward_kernel(
     x_TE: Tensor, coords_T2: Tensor, row_table_LE: Tensor, column_table_LE: Tensor, combine: str,
     weight_E: Tensor | None, bias_E: Tensor | None, eps: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
@@ -96,25 +97,31 @@ def _add_positions(
     return kernel.add_positions(x_TE, coords_T2, row_table_LE, column_table_LE, combine, weight_E, bias_E, eps, dtype)
 
 
-@_add_positions.register_fake
+_add_positions = define("add_positions", _forward_kernel)
+
+
+@torch.library.register_fake("navit_kernels::add_positions")
 def _(x_TE, coords_T2, row_table_LE, column_table_LE, combine, weight_E, bias_E, eps, dtype):  # type: ignore[no-untyped-def]
     return x_TE.new_empty(x_TE.shape, dtype=dtype)
 
 
-@torch.library.custom_op("navit_kernels::add_positions_norm_backward", mutates_args=())
-def _norm_backward(dy_TE: Tensor, x_TE: Tensor, weight_E: Tensor, has_bias: bool, eps: float) -> tuple[Tensor, Tensor]:
+def _norm_backward_kernel(
+    dy_TE: Tensor, x_TE: Tensor, weight_E: Tensor, has_bias: bool, eps: float
+) -> tuple[Tensor, Tensor]:
     from . import kernel
 
     return kernel.norm_backward(dy_TE, x_TE, weight_E, has_bias, eps)
 
 
-@_norm_backward.register_fake
+_norm_backward = define("add_positions_norm_backward", _norm_backward_kernel)
+
+
+@torch.library.register_fake("navit_kernels::add_positions_norm_backward")
 def _(dy_TE, x_TE, weight_E, has_bias, eps):  # type: ignore[no-untyped-def]
     return x_TE.new_empty(x_TE.shape), x_TE.new_empty(1 + has_bias, x_TE.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("navit_kernels::add_positions_table_backward", mutates_args=())
-def _table_backward(
+def _table_backward_kernel(
     dy_TE: Tensor, coords_T2: Tensor, row_table_LE: Tensor, column_table_LE: Tensor, combine: str
 ) -> Tensor:
     from . import kernel
@@ -122,7 +129,10 @@ def _table_backward(
     return kernel.table_backward(dy_TE, coords_T2, row_table_LE, column_table_LE, combine)
 
 
-@_table_backward.register_fake
+_table_backward = define("add_positions_table_backward", _table_backward_kernel)
+
+
+@torch.library.register_fake("navit_kernels::add_positions_table_backward")
 def _(dy_TE, coords_T2, row_table_LE, column_table_LE, combine):  # type: ignore[no-untyped-def]
     return dy_TE.new_empty(row_table_LE.numel() + column_table_LE.numel(), dtype=torch.float32)
 
@@ -133,20 +143,29 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(None if weight_E is None else x_TE, coords_T2, row_table_LE, column_table_LE, weight_E)
 
 
-def _backward(ctx: Any, dy_TE: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(
+    norm_backward: Callable[..., Any], table_backward: Callable[..., Any], ctx: Any, dy_TE: Tensor
+) -> tuple[Tensor | None, ...]:
     x_TE, coords_T2, row_table_LE, column_table_LE, weight_E = ctx.saved_tensors
     d_row_table_LE = d_column_table_LE = d_weight_E = d_bias_E = None
     if weight_E is None:
         dx_TE = dy_TE.to(ctx.x_dtype)
     else:
-        dx_TE, d_norm_NE = _norm_backward(dy_TE, x_TE, weight_E, ctx.bias_dtype is not None, ctx.eps)
+        dx_TE, d_norm_NE = norm_backward(dy_TE, x_TE, weight_E, ctx.bias_dtype is not None, ctx.eps)
         d_weight_E = d_norm_NE[0].to(weight_E.dtype)
         d_bias_E = None if ctx.bias_dtype is None else d_norm_NE[1].to(ctx.bias_dtype)
     if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-        d_tables = _table_backward(dy_TE, coords_T2, row_table_LE, column_table_LE, ctx.combine).to(row_table_LE.dtype)
+        d_tables = table_backward(dy_TE, coords_T2, row_table_LE, column_table_LE, ctx.combine).to(row_table_LE.dtype)
         d_row_table_LE = d_tables[: row_table_LE.numel()].view(row_table_LE.shape)
         d_column_table_LE = d_tables[row_table_LE.numel() :].view(column_table_LE.shape)
     return dx_TE, None, d_row_table_LE, d_column_table_LE, None, d_weight_E, d_bias_E, None, None
 
 
-_add_positions.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "navit_kernels::add_positions",
+    functools.partial(_gradients, _norm_backward, _table_backward),
+    setup_context=_setup_context,
+)
+_add_positions_directly = direct(
+    _forward_kernel, _setup_context, functools.partial(_gradients, _norm_backward_kernel, _table_backward_kernel)
+)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._jit import segment_of
+from .._jit import launch_kernel, segment_of
 
 
 @triton.jit
@@ -179,7 +179,8 @@ def add_norm(
     stats_RT = x_TE.new_empty(1 + centred + has_keep, tokens, dtype=torch.float32)
     if tokens:
         config = choose_config(width)
-        forward_kernel[(triton.cdiv(tokens, config["ROWS"]),)](
+        launch_kernel(
+            forward_kernel, (triton.cdiv(tokens, config["ROWS"]),),
             x_TE.contiguous(), None if branch_TE is None else branch_TE.contiguous(),
             weight_E, bias_E, layer_scale_E, keep_scale_S, cu_seqlens,
             x_new_TE, normed_TE, stats_RT[0], stats_RT[1] if centred else None, stats_RT[-1] if has_keep else None,
@@ -210,7 +211,8 @@ def add_norm_backward(
     programs = programs_of_backward(x_new_TE.device, width)
     partial_GNE = x_new_TE.new_empty(programs, 1 + has_bias + has_layer_scale, width, dtype=torch.float32)
     partial_NGE = partial_GNE.transpose(0, 1)
-    backward_kernel[(programs,)](
+    launch_kernel(
+        backward_kernel, (programs,),
         None if d_x_new_TE is None else d_x_new_TE.contiguous(), d_normed_TE.contiguous(), x_new_TE.contiguous(),
         stats_RT[0], stats_RT[1] if centred else None, stats_RT[-1] if has_keep else None,
         branch_TE.contiguous() if has_layer_scale else None, weight_E, layer_scale_E,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import check_cu_seqlens, check_dtype, check_option, check_same, check_shape, fail
+from .._direct import define, direct, skips_dispatcher
 from . import reference
 
 BACKENDS = ("auto", "reference", "triton")
@@ -75,14 +78,14 @@ def add_norm(
     if branch_TE is not None:
         check_dtype("branch", branch_TE, DTYPES)
     out_dtype = out_dtype or (x_TE if branch_TE is None else branch_TE).dtype
-    x_new_TE, normed_TE, _ = _add_norm(
+    run = _add_norm_directly if skips_dispatcher(x_TE) else _add_norm
+    x_new_TE, normed_TE, _ = run(
         x_TE, branch_TE, weight_E, bias_E, layer_scale_E, keep_scale_S, cu_seqlens, kind == "layer_norm", eps, out_dtype
     )
     return x_TE if branch_TE is None else x_new_TE, normed_TE
 
 
-@torch.library.custom_op("navit_kernels::add_norm", mutates_args=())
-def _add_norm(
+def _forward_kernel(
     x_TE: Tensor, branch_TE: Tensor | None, weight_E: Tensor, bias_E: Tensor | None, layer_scale_E: Tensor | None,
     keep_scale_S: Tensor | None, cu_seqlens: Tensor | None, centred: bool, eps: float, out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -93,7 +96,10 @@ def _add_norm(
     )
 
 
-@_add_norm.register_fake
+_add_norm = define("add_norm", _forward_kernel)
+
+
+@torch.library.register_fake("navit_kernels::add_norm")
 def _(x_TE, branch_TE, weight_E, bias_E, layer_scale_E, keep_scale_S, cu_seqlens, centred, eps, out_dtype):  # type: ignore[no-untyped-def]
     tokens, width = x_TE.shape
     x_new_TE = x_TE.new_empty((0, width) if branch_TE is None else (tokens, width))
@@ -101,8 +107,7 @@ def _(x_TE, branch_TE, weight_E, bias_E, layer_scale_E, keep_scale_S, cu_seqlens
     return x_new_TE, x_TE.new_empty(tokens, width, dtype=out_dtype), stats_RT
 
 
-@torch.library.custom_op("navit_kernels::add_norm_backward", mutates_args=())
-def _add_norm_backward(
+def _backward_kernel(
     d_x_new_TE: Tensor | None, d_normed_TE: Tensor, x_new_TE: Tensor, stats_RT: Tensor, branch_TE: Tensor | None,
     weight_E: Tensor, layer_scale_E: Tensor | None, centred: bool, has_bias: bool, branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -113,7 +118,10 @@ def _add_norm_backward(
     )
 
 
-@_add_norm_backward.register_fake
+_add_norm_backward = define("add_norm_backward", _backward_kernel)
+
+
+@torch.library.register_fake("navit_kernels::add_norm_backward")
 def _(d_x_new_TE, d_normed_TE, x_new_TE, stats_RT, branch_TE, weight_E, layer_scale_E, centred, has_bias, branch_dtype):  # type: ignore[no-untyped-def]
     tokens, width = x_new_TE.shape
     dbranch_TE = x_new_TE.new_empty((0, width) if branch_dtype is None else (tokens, width), dtype=branch_dtype)
@@ -137,9 +145,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_x_new_TE: Tensor | None, d_normed_TE: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _gradients(
+    run: Callable[..., Any], ctx: Any, d_x_new_TE: Tensor | None, d_normed_TE: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
     x_new_TE, stats_RT, branch_TE, weight_E, layer_scale_E = ctx.saved_tensors
-    dx_TE, dbranch_TE, parameters_NE = _add_norm_backward(
+    dx_TE, dbranch_TE, parameters_NE = run(
         d_x_new_TE if ctx.has_branch else None,
         torch.zeros_like(x_new_TE) if d_normed_TE is None else d_normed_TE,
         x_new_TE, stats_RT, branch_TE, weight_E, layer_scale_E,
@@ -155,4 +165,7 @@ def _backward(ctx: Any, d_x_new_TE: Tensor | None, d_normed_TE: Tensor | None, _
     )
 
 
-_add_norm.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    "navit_kernels::add_norm", functools.partial(_gradients, _add_norm_backward), setup_context=_setup_context
+)
+_add_norm_directly = direct(_forward_kernel, _setup_context, functools.partial(_gradients, _backward_kernel))

@@ -19,7 +19,7 @@ LARGE_SHARED = (80, 90, 100)  # architectures with the shared memory that the me
 class Launch:
     """One kernel's compile-time choices. block_m: query rows; block_n: key rows; stages: of the loop's loads."""
 
-    kernel: str  # "tile", "stream", or in a backward "resident", "hopper_tile" or "hopper_stream"
+    kernel: str  # "tile", "stream", "hopper_tile", "hopper_stream", or in a backward "resident"
     block_m: int
     block_n: int
     warps: int
@@ -52,11 +52,15 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
     return first, 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
 
 
-def choose_config(arch: int, head_dim: int, class_index: int, dtype_bits: int, gluon: bool = False) -> ClassConfig:
+@functools.cache
+def choose_config(
+    arch: int, head_dim: int, class_index: int, dtype_bits: int, gluon: bool = False, gluon_backward: bool | None = None
+) -> ClassConfig:
     """The launches of a class. arch: compute capability × 10 (90 for an H100); 0 for anything that is not CUDA.
 
     dtype_bits: 16, or 32 for true float32, which is correct everywhere and tuned nowhere.
     gluon: whether Hopper's own kernels may run: this Triton has Gluon, and TMA reaches the tensors.
+    gluon_backward: the same of the backward, which has more tensors to reach; None where they are not known yet.
     """
     if dtype_bits == 32:
         stream = Launch("stream", 32, 16 if head_dim > 64 else 32, 4, 1)
@@ -68,9 +72,12 @@ def choose_config(arch: int, head_dim: int, class_index: int, dtype_bits: int, g
     if arch != 90:
         return _untuned(config)
     row = (width, class_index)
-    if not gluon or row not in HOPPER_BACKWARD:
-        return config
-    return replace(config, backward=HOPPER_BACKWARD[row], queries=HOPPER_QUERIES.get(row))
+    if gluon and row in HOPPER_FORWARD:  # a tile's scores are those of k̂: a stream that repeats them takes k̂, too
+        forward = HOPPER_FORWARD[row]
+        config = replace(config, forward=forward, normalize_keys=forward.kernel == "hopper_tile")
+    if gluon and gluon_backward is not False and row in HOPPER_BACKWARD:
+        config = replace(config, backward=HOPPER_BACKWARD[row], queries=HOPPER_QUERIES.get(row))
+    return config
 
 
 @functools.cache
@@ -163,6 +170,17 @@ WIDE = (  # from 88 to 128, measured at 128 with 8 heads
     ),
 )
 
+HOPPER_FORWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class); block_m: the longest segment, block_n: keys of a chunk
+    (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, measured="U64 152; portable 189"),
+    (0, 2): Launch("hopper_tile", 128, 64, 4, 1, 168, measured="U128 172; capped at 128 registers 202, portable 221"),
+    (0, 3): Launch("hopper_tile", 256, 64, 4, 1, 168, 256, measured="U256 234; uncapped 272, portable 383"),
+    (1, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, measured="U64 183; portable 278"),
+    (1, 2): Launch("hopper_tile", 128, 64, 4, 1, 168, 256, measured="U128 231; uncapped 261, portable 488"),
+    (1, 3): Launch("hopper_tile", 256, 64, 4, 1, spills=128, measured="U256 332; portable 501"),
+    (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 166; portable 207"),
+    (2, 2): Launch("hopper_tile", 128, 64, 4, 1, spills=256, measured="U128 177; portable 346"),
+    (2, 3): Launch("hopper_tile", 256, 64, 8, 1, spills=512, measured="U256 265; 4 warps 341, portable 464"),
+}
 HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (0, 0): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U32 488, on the pt mix 31; portable 495, 54"),
     (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U64 325; uncapped 337, portable 507"),

@@ -40,6 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .._jit import launch_kernel
 from .hopper_steps import PART, parts, ragged
 from .hopper_tile_steps import (
     add_columns,
@@ -267,7 +268,8 @@ def backward_tile(
     descriptors = {f"{name}_1": ragged(x, block, first) for name, x in tensors.items()}
     descriptors |= {f"{name}_2": ragged(x, block, second) if second else None for name, x in tensors.items()}
     options = {} if registers is None else dict(maxnreg=registers)
-    hopper_backward_tile[call.grid(index)](
+    launch_kernel(
+        hopper_backward_tile, call.grid(index),
         **descriptors, **call.weights(), **call.work(index), lse_ptr=lse, partials_ptr=partials, q_eps=norms.q_eps,
         k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale, softmax_scale=call.softmax_scale,
         key_factor=call.key_factor, H=call.heads, D=call.width, D2=second, Q_NORM=norms.q_kind, K_NORM=norms.k_kind,

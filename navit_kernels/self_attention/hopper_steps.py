@@ -8,6 +8,7 @@ Rows past a segment's end are no one's business: a ragged descriptor (`ragged`) 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import triton.experimental.gluon.language as gl
@@ -28,6 +29,7 @@ def parts(width: int) -> tuple[int, int]:
     return PART.value, 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
 
 
+@functools.cache  # built anew it would take half of a descriptor's time
 def shared_layout(columns: int, rank: int, bits: int = 16) -> Any:
     return gl.NVMMASharedLayout(swizzle_byte_width=columns * bits // 8, element_bitwidth=bits, rank=rank)
 

@@ -217,7 +217,8 @@ def backward_prepare(
     PADDED: rows and sizes as hopper_backward.py takes them, item by item, in blocks of PADDED rows; else 0.
 
     Δ is rowsum(dO ⊙ O), but in float32 rowsum(P ⊙ dP): G subtracts it from the same dP, and where one key has almost
-    all of a row's weight only so the two cancel to float32's precision.
+    all of a row's weight only so the two cancel to float32's precision. There lse, a number of the scores' size, is
+    too coarse as well: behind the rows stand (log2 of what P sums to with it, 0), for P to take off, too.
     """
     SPLIT: tl.constexpr = ROWS // BLOCK
     first, count = work_range(offsets_ptr, first_item, H * SPLIT, CLASS, ON_DEVICE)
@@ -240,7 +241,8 @@ def backward_prepare(
         q, gain, shift, q_eps, fold_scale, Q_NORM, CENTRE, FOLD, Q_WEIGHT or K_WEIGHT, Q_BIAS, D, D1, D2
     )
     store_rows(dq_ptr + h * D, q_start + row, offs, dq_stride_t, mask, u, D, D1, D2)
-    head = h * tokens
+    rows = tl.cast(tokens, tl.int64)
+    head = h * rows
     lse = tl.load(lse_ptr + head + q_start + row + offs, mask=mask, other=0.0)
     if PRECISION == "ieee":
         weight, delta = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -256,6 +258,8 @@ def backward_prepare(
             weight += tl.sum(p, 1)
             delta += tl.sum(p * dot_rows(dout, v, PRECISION), 1)
         delta = tl.where(weight == 0, 0.0, delta / weight)
+        rest = tl.where(weight == 0, 0.0, tl.log2(weight))
+        store_pairs(rows_ptr + (H * rows + head) * 2, q_start + row, offs, rest, tl.zeros_like(rest), mask)
     else:
         delta = row_dot(cast(out, tl.float32), cast(dout, tl.float32))
     if PADDED:
@@ -273,7 +277,7 @@ def backward_prepare(
 
 @triton.jit
 def keys_step(
-    dv, a, k, r, v, u_ptr, dout_ptr, rows_ptr, first_query, m0, q_length, u_stride_t, dout_stride_t,
+    dv, a, k, r, v, u_ptr, dout_ptr, rows_ptr, rest_ptr, first_query, m0, q_length, u_stride_t, dout_stride_t,
     score_scale, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, FOLD: tl.constexpr, SCALE_ROWS: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -288,7 +292,11 @@ def keys_step(
         s *= r[:, None]
     if not FOLD:
         s *= score_scale
-    p = tl.exp2(s - lse[None, :])
+    s -= lse[None, :]
+    if PRECISION == "ieee":
+        rest, _ = load_pairs(rest_ptr, first_query + m0, offs, mask, 0.0)
+        s -= rest[None, :]
+    p = tl.exp2(s)
     if MASKED:
         p = tl.where(mask[None, :], p, 0.0)
     dv = dot_values(p.to(dout[0].dtype), dout, dv, PRECISION)
@@ -333,17 +341,18 @@ def backward_keys(
     u_base = u_ptr + h * D
     dout_base = dout_ptr + h * dout_stride_h * UNIT
     rows_base = rows_ptr + h * tokens * 2
+    rest_base = rows_base + tl.cast(tokens, tl.int64) * (H * 2)
     dv = zeros(BLOCK_N, D1, D2)
     a = zeros(BLOCK_N, D1, D2)
     whole = q_length // BLOCK_M * BLOCK_M
     for m0 in range(0, whole, BLOCK_M):
         dv, a = keys_step(
-            dv, a, k, r, v, u_base, dout_base, rows_base, q_start, m0, q_length, u_stride_t,
+            dv, a, k, r, v, u_base, dout_base, rows_base, rest_base, q_start, m0, q_length, u_stride_t,
             dout_stride_t, score_scale, D, D1, D2, FOLD, SCALE_ROWS, False, BLOCK_M, PRECISION,
         )  # fmt: skip
     if whole < q_length:
         dv, a = keys_step(
-            dv, a, k, r, v, u_base, dout_base, rows_base, q_start, whole, q_length, u_stride_t,
+            dv, a, k, r, v, u_base, dout_base, rows_base, rest_base, q_start, whole, q_length, u_stride_t,
             dout_stride_t, score_scale, D, D1, D2, FOLD, SCALE_ROWS, True, BLOCK_M, PRECISION,
         )  # fmt: skip
     store_rows(dv_ptr + h * D, first_key, offs, dv_stride_t, mask, dv, D, D1, D2)
@@ -359,8 +368,8 @@ def backward_keys(
 
 @triton.jit
 def queries_step(
-    du, u, dout, lse, delta, k_ptr, v_ptr, r_ptr, first_key, n0, k_length, k_stride_t, v_stride_t, k_eps, score_scale,
-    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr, FOLD: tl.constexpr,
+    du, u, dout, lse, rest, delta, k_ptr, v_ptr, r_ptr, first_key, n0, k_length, k_stride_t, v_stride_t, k_eps,
+    score_scale, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K_NORM: tl.constexpr, FOLD: tl.constexpr,
     NORMALIZE_KEYS: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys passes a tile of queries."""
@@ -377,7 +386,10 @@ def queries_step(
         s *= r[None, :]
     if not FOLD:
         s *= score_scale
-    p = tl.exp2(s - lse[:, None])
+    s -= lse[:, None]
+    if PRECISION == "ieee":
+        s -= rest[:, None]
+    p = tl.exp2(s)
     if MASKED:
         p = tl.where(mask[None, :], p, 0.0)
     dp = dot_rows(dout, v, PRECISION)
@@ -419,7 +431,12 @@ def backward_queries(
     dq_base = dq_ptr + h * D
     u = load_rows(dq_base, first_row, offs, dq_stride_t, mask, D, D1, D2)
     dout = load_rows(dout_ptr + h * dout_stride_h * UNIT, first_row, offs, dout_stride_t, mask, D, D1, D2)
-    lse, delta = load_pairs(rows_ptr + h * tokens * 2, first_row, offs, mask, 0.0)
+    rows_base = rows_ptr + h * tokens * 2
+    lse, delta = load_pairs(rows_base, first_row, offs, mask, 0.0)
+    if PRECISION == "ieee":
+        rest, _ = load_pairs(rows_base + tl.cast(tokens, tl.int64) * (H * 2), first_row, offs, mask, 0.0)
+    else:
+        rest = 0.0
     k_base = k_ptr + h * k_stride_h * UNIT
     v_base = v_ptr + h * v_stride_h * UNIT
     r_base = r_ptr + h * tokens_k * 2
@@ -427,13 +444,13 @@ def backward_queries(
     whole = k_length // BLOCK_N * BLOCK_N
     for n0 in range(0, whole, BLOCK_N):
         du = queries_step(
-            du, u, dout, lse, delta, k_base, v_base, r_base, k_start, n0, k_length, k_stride_t, v_stride_t, k_eps,
-            score_scale, D, D1, D2, K_NORM, FOLD, NORMALIZE_KEYS, False, BLOCK_N, PRECISION,
+            du, u, dout, lse, rest, delta, k_base, v_base, r_base, k_start, n0, k_length, k_stride_t, v_stride_t,
+            k_eps, score_scale, D, D1, D2, K_NORM, FOLD, NORMALIZE_KEYS, False, BLOCK_N, PRECISION,
         )  # fmt: skip
     if whole < k_length:
         du = queries_step(
-            du, u, dout, lse, delta, k_base, v_base, r_base, k_start, whole, k_length, k_stride_t, v_stride_t, k_eps,
-            score_scale, D, D1, D2, K_NORM, FOLD, NORMALIZE_KEYS, True, BLOCK_N, PRECISION,
+            du, u, dout, lse, rest, delta, k_base, v_base, r_base, k_start, whole, k_length, k_stride_t, v_stride_t,
+            k_eps, score_scale, D, D1, D2, K_NORM, FOLD, NORMALIZE_KEYS, True, BLOCK_N, PRECISION,
         )  # fmt: skip
     gain, shift = load_weights(
         q_weight_ptr, q_bias_ptr, k_weight_ptr, h, q_weight_stride, q_bias_stride, k_weight_stride,

@@ -99,8 +99,8 @@ class Launcher:
         if self.ends is not None:
             check_plan_tokens(self.ends, q.shape[0], k.shape[0])
 
-    def config(self, index: int, gluon: bool = False) -> ClassConfig:
-        return choose_config(self.arch, self.width, index, self.bits, gluon)
+    def config(self, index: int, gluon: bool = False, gluon_backward: bool | None = None) -> ClassConfig:
+        return choose_config(self.arch, self.width, index, self.bits, gluon, gluon_backward)
 
     def gluon(self, *tensors: Tensor) -> bool:
         """Whether Hopper's own kernels may run, which reach all tensors by TMA."""
@@ -185,9 +185,18 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
         k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale,
         Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse, PRECISION=call.precision(),
     )  # fmt: skip
+    gluon = tokens_k > 0 and call.gluon(q, k, v, out)
     for index in call.classes():
-        config = call.config(index)
+        config = call.config(index, gluon)
         launch, rows = config.forward, rows_of_class(index)
+        if launch.kernel == "hopper_tile":
+            from . import hopper_forward_tile
+
+            hopper_forward_tile.forward_tile(
+                call, index, out, lse, save_lse, block=launch.block_m, chunk=launch.block_n, warps=launch.warps,
+                registers=launch.registers,
+            )  # fmt: skip
+            continue
         options = compile_options(launch)
         if launch.kernel == "tile":
             launch_kernel(
@@ -230,8 +239,9 @@ def backward(
         for grad in (dq, dk, dv):
             grad.zero_()
         return q.new_zeros(call.heads, 3, call.width, dtype=torch.float32) if weight_grads else None
-    gluon = call.gluon(q, k, v, dout, dq, dk, dv)
-    configs = {index: call.config(index, gluon) for index in call.classes()}
+    gluon = call.gluon(q, k, v, out)
+    gluon_backward = gluon and call.gluon(dout, dq, dk, dv)
+    configs = {index: call.config(index, gluon, gluon_backward) for index in call.classes()}
     splits = max((programs_per_item(i, c) for i, c in configs.items()), default=1)
     partials = lse
     if weight_grads:
@@ -253,7 +263,7 @@ def backward(
             hopper_backward_tile.backward_tile(
                 call, index, dout, lse, dq, dk, dv, partials, splits, weight_grads, block=launch.block_m,
                 warps=launch.warps, registers=launch.registers,
-                use_lse=config.forward.kernel == "tile",  # whose scores are these, to the bit; a stream's K is raw
+                use_lse=config.forward.kernel != "stream",  # whose scores are these, to the bit; a stream's K is raw
             )  # fmt: skip
             continue
         base = dict(**call.shape, **call.work(index), **compile_options(launch))
@@ -284,7 +294,8 @@ def backward(
             row_numbers, sizes = padded[:2], padded[2]
         else:
             if row_pairs is None:
-                row_pairs = torch.empty(*lse.shape, 2, dtype=torch.float32, device=q.device)
+                planes = 2 if call.bits == 32 else 1
+                row_pairs = torch.empty(planes, *lse.shape, 2, dtype=torch.float32, device=q.device)
             row_numbers = sizes = row_pairs
         block, warps = PREPARE[call.bits]
         launch_kernel(
@@ -324,12 +335,18 @@ def weight_gradients(norms: Norms, sums_HW: Tensor, width: int) -> Tensor:
     """(H, 3, D) of γq, βq, γk from A and, where there is a βq, B; see kernel_backward.py."""
     a_HD, b_HD = sums_HW[:, :width], sums_HW[:, width:]
     q_weight, q_bias, k_weight = (
-        default if weight is None else weight.float()
-        for weight, default in ((norms.q_weight, 1.0), (norms.q_bias, 0.0), (norms.k_weight, 1.0))
+        1.0 if weight is None else weight.float() for weight in (norms.q_weight, norms.q_bias, norms.k_weight)
     )
+    grads_H3D = a_HD.new_empty(a_HD.shape[0], 3, width)
+    dq_weight_HD, dq_bias_HD, dk_weight_HD = grads_H3D.unbind(1)
+    torch.mul(a_HD, k_weight, out=dq_weight_HD)
+    torch.mul(a_HD, q_weight, out=dk_weight_HD)
     if norms.q_bias is None:
-        return torch.stack([a_HD * k_weight, torch.zeros_like(a_HD), a_HD * q_weight], 1)
-    return torch.stack([a_HD * k_weight, b_HD * k_weight, a_HD * q_weight + b_HD * q_bias], 1)
+        dq_bias_HD.zero_()
+    else:
+        torch.mul(b_HD, k_weight, out=dq_bias_HD)
+        dk_weight_HD += b_HD * q_bias
+    return grads_H3D
 
 
 def sum_partials(call: Launcher, partials: Tensor, splits: int) -> Tensor:

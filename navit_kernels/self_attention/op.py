@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._autocast import autocast_dtype
 from .._checks import check_cu_seqlens, check_dtype, check_option, check_same, check_shape, fail
+from .._direct import skips_dispatcher
 from ..head_norm import NORM_CODES, HeadNorm, check_head_norm
 from ..plan import CLASSES, ITEM_FIELDS, PackPlan, max_items
 from . import reference
@@ -185,7 +185,7 @@ def _run(
     q_norm: HeadNorm | None, k_norm: HeadNorm | None, scale: float, plan: PackPlan | None, keep_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The kernels. k and v are None where q is the packed (T, 3, H, D)."""
-    direct = _skips_dispatcher(q)
+    direct = skips_dispatcher(q)
     if plan is None:
         make = _plan if direct else torch.ops.navit_kernels.plan
         items, offsets = make(cu_seqlens, cu_seqlens_k, q.shape[0], q.shape[0] if k is None else k.shape[0])
@@ -207,16 +207,6 @@ def _run(
         cu_seqlens_k is not None, differentiable or keep_lse,
     )  # fmt: skip
     return out, lse
-
-
-def _skips_dispatcher(q: Tensor) -> bool:
-    """Plain tensors and nobody who watches: the way through the dispatcher would take the host longer than all else."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(q) in (Tensor, torch.nn.Parameter)
-        and not is_in_torch_dispatch_mode()
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def _natural_lse(

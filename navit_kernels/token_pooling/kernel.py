@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._jit import launch_kernel
 from .kernel_segments import segment_slots, slot_count, slot_tokens
 
 CHUNK = 256  # tokens of a forward slot; a backward slot is one tile
@@ -253,13 +254,15 @@ def attention_pool(
     slots = slot_count(len(k_THD), segments, CHUNK)
     acc_NQHD = u_QHD.new_empty(slots, queries, heads, width)
     max_NQH, sum_NQH = u_QHD.new_empty(2, slots, queries, heads)
-    partial_kernel[(slots * heads * triton.cdiv(queries, config["BLOCK_Q"]),)](
+    launch_kernel(
+        partial_kernel, (slots * heads * triton.cdiv(queries, config["BLOCK_Q"]),),
         u_QHD.contiguous(), k_THD, v_THD, cu_seqlens, acc_NQHD, max_NQH, sum_NQH,
         segments, eps, **_strides(k_THD, v_THD),
         Q=queries, H=heads, D=width, NORM=norm, CHUNK=CHUNK, **config,
     )  # fmt: skip
     block_r = min(triton.next_power_of_2(queries * heads), 16)
-    combine_kernel[(segments * triton.cdiv(queries * heads, block_r),)](
+    launch_kernel(
+        combine_kernel, (segments * triton.cdiv(queries * heads, block_r),),
         acc_NQHD, max_NQH, sum_NQH, cu_seqlens, out_SQHD, out32_SQHD, *softmax_2SQH,
         QH=queries * heads, D=width, CHUNK=CHUNK, BLOCK_R=block_r, BLOCK_D=config["BLOCK_D"], num_warps=4,
     )  # fmt: skip
@@ -285,7 +288,8 @@ def attention_pool_backward(
     du_NQHD = u_QHD.new_empty(slots, queries, heads, width)
     if du_NQHD.numel():
         k_THD, v_THD = _token_major(k_THD), _token_major(v_THD)
-        backward_kernel[(slots * heads,)](
+        launch_kernel(
+            backward_kernel, (slots * heads,),
             dout_SQHD.contiguous(), out32_SQHD, *softmax_2SQH, u_QHD.contiguous(), k_THD, v_THD, cu_seqlens,
             du_NQHD, dk_THD, dv_THD,
             segments, eps, **_strides(k_THD, v_THD),

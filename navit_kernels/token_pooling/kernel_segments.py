@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._jit import segment_of
+from .._jit import launch_kernel, segment_of
 
 CHUNK = 256  # tokens
 
@@ -184,10 +184,21 @@ def pool_tokens(x_TE: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Te
     if mode != "first":
         slots = slot_count(tokens, segments, CHUNK)
         partial_NE = x_TE.new_empty(slots, width, dtype=torch.float32 if mode == "mean" else torch.int64)
-        partial_kernel[(slots * blocks,)](
-            x_TE, cu_seqlens, partial_NE, segments, x_TE.stride(0), E=width, MODE=mode, CHUNK=CHUNK, **config
+        launch_kernel(
+            partial_kernel,
+            (slots * blocks,),
+            x_TE,
+            cu_seqlens,
+            partial_NE,
+            segments,
+            x_TE.stride(0),
+            E=width,
+            MODE=mode,
+            CHUNK=CHUNK,
+            **config,
         )
-    combine_kernel[(segments * blocks,)](
+    launch_kernel(
+        combine_kernel, (segments * blocks,),
         x_TE, partial_NE, cu_seqlens, out_SE, index_SE, x_TE.stride(0),
         E=width, MODE=mode, CHUNK=CHUNK, BLOCK_E=config["BLOCK_E"], num_warps=1,
     )  # fmt: skip
@@ -200,7 +211,17 @@ def pool_tokens_backward(dout_SE: Tensor, index_SE: Tensor, cu_seqlens: Tensor, 
     dx_TE = dout_SE.new_empty(tokens, width)
     if tokens:
         config = choose_config(width, backward=True)
-        backward_kernel[(triton.cdiv(tokens, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_E"]),)](
-            dout_SE.contiguous(), index_SE, cu_seqlens, dx_TE, tokens, segments, E=width, MODE=mode, **config
+        launch_kernel(
+            backward_kernel,
+            (triton.cdiv(tokens, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_E"]),),
+            dout_SE.contiguous(),
+            index_SE,
+            cu_seqlens,
+            dx_TE,
+            tokens,
+            segments,
+            E=width,
+            MODE=mode,
+            **config,
         )
     return dx_TE

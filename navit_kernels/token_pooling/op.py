@@ -5,12 +5,15 @@ T tokens, S segments (images), Q learned queries, H heads, D head width, E model
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import check_cu_seqlens, check_dtype, check_option, check_same, check_shape
+from .._direct import define, direct, skips_dispatcher
 from ..head_norm import HeadNorm, check_head_norm
 from ..self_attention.reference import head_norm
 from . import reference
@@ -38,7 +41,8 @@ def pool_tokens(x_TE: Tensor, cu_seqlens: Tensor, mode: str = "mean", *, backend
     if backend == "reference" or (backend == "auto" and x_TE.device.type == "cpu"):
         return reference.pool_tokens(x_TE, cu_seqlens, mode)
     check_dtype("x", x_TE, DTYPES)
-    return _pool_tokens(x_TE, cu_seqlens, mode)[0]
+    run = _pool_tokens_directly if skips_dispatcher(x_TE) else _pool_tokens
+    return run(x_TE, cu_seqlens, mode)[0]
 
 
 def attention_pool(
@@ -87,7 +91,8 @@ def attention_pool(
     check_dtype("k", k_THD, DTYPES)
     u_QHD = fold_query(query_QHD, q_norm, k_norm, width**-0.5 if softmax_scale is None else softmax_scale)
     norm, eps = ("none", 0.0) if k_norm is None else (k_norm.kind, k_norm.eps)
-    return _attention_pool(u_QHD, k_THD, v_THD, cu_seqlens, norm, eps)[0]
+    run = _attention_pool_directly if skips_dispatcher(k_THD) else _attention_pool
+    return run(u_QHD, k_THD, v_THD, cu_seqlens, norm, eps)[0]
 
 
 def fold_query(query_QHD: Tensor, q_norm: HeadNorm | None, k_norm: HeadNorm | None, scale: float) -> Tensor:
@@ -106,28 +111,34 @@ def fold_query(query_QHD: Tensor, q_norm: HeadNorm | None, k_norm: HeadNorm | No
     return u_QHD.float()
 
 
-@torch.library.custom_op("navit_kernels::pool_tokens", mutates_args=())
-def _pool_tokens(x_TE: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor]:
+def _pool_tokens_kernel(x_TE: Tensor, cu_seqlens: Tensor, mode: str) -> tuple[Tensor, Tensor]:
     from . import kernel_segments
 
     return kernel_segments.pool_tokens(x_TE, cu_seqlens, mode)
 
 
-@_pool_tokens.register_fake
+_pool_tokens = define("pool_tokens", _pool_tokens_kernel)
+
+
+@torch.library.register_fake("navit_kernels::pool_tokens")
 def _(x_TE, cu_seqlens, mode):  # type: ignore[no-untyped-def]
     segments, width = cu_seqlens.shape[0] - 1, x_TE.shape[1]
     index_SE = x_TE.new_empty(segments if mode == "max" else 0, width, dtype=torch.int32)
     return x_TE.new_empty(segments, width), index_SE
 
 
-@torch.library.custom_op("navit_kernels::pool_tokens_backward", mutates_args=())
-def _pool_tokens_backward(dout_SE: Tensor, index_SE: Tensor, cu_seqlens: Tensor, tokens: int, mode: str) -> Tensor:
+def _pool_tokens_backward_kernel(
+    dout_SE: Tensor, index_SE: Tensor, cu_seqlens: Tensor, tokens: int, mode: str
+) -> Tensor:
     from . import kernel_segments
 
     return kernel_segments.pool_tokens_backward(dout_SE, index_SE, cu_seqlens, tokens, mode)
 
 
-@_pool_tokens_backward.register_fake
+_pool_tokens_backward = define("pool_tokens_backward", _pool_tokens_backward_kernel)
+
+
+@torch.library.register_fake("navit_kernels::pool_tokens_backward")
 def _(dout_SE, index_SE, cu_seqlens, tokens, mode):  # type: ignore[no-untyped-def]
     return dout_SE.new_empty(tokens, dout_SE.shape[1])
 
@@ -138,15 +149,21 @@ def _pool_tokens_context(ctx: Any, inputs: tuple[Tensor, Tensor, str], output: t
     ctx.save_for_backward(output[1], cu_seqlens)
 
 
-def _pool_tokens_gradient(ctx: Any, dout_SE: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    return _pool_tokens_backward(dout_SE, *ctx.saved_tensors, ctx.tokens, ctx.mode), None, None
+def _pool_tokens_gradient(run: Callable[..., Any], ctx: Any, dout_SE: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    return run(dout_SE, *ctx.saved_tensors, ctx.tokens, ctx.mode), None, None
 
 
-_pool_tokens.register_autograd(_pool_tokens_gradient, setup_context=_pool_tokens_context)
+torch.library.register_autograd(
+    "navit_kernels::pool_tokens",
+    functools.partial(_pool_tokens_gradient, _pool_tokens_backward),
+    setup_context=_pool_tokens_context,
+)
+_pool_tokens_directly = direct(
+    _pool_tokens_kernel, _pool_tokens_context, functools.partial(_pool_tokens_gradient, _pool_tokens_backward_kernel)
+)
 
 
-@torch.library.custom_op("navit_kernels::attention_pool", mutates_args=())
-def _attention_pool(
+def _attention_pool_kernel(
     u_QHD: Tensor, k_THD: Tensor, v_THD: Tensor, cu_seqlens: Tensor, norm: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     from . import kernel
@@ -154,15 +171,17 @@ def _attention_pool(
     return kernel.attention_pool(u_QHD, k_THD, v_THD, cu_seqlens, norm, eps)
 
 
-@_attention_pool.register_fake
+_attention_pool = define("attention_pool", _attention_pool_kernel)
+
+
+@torch.library.register_fake("navit_kernels::attention_pool")
 def _(u_QHD, k_THD, v_THD, cu_seqlens, norm, eps):  # type: ignore[no-untyped-def]
     shape = (cu_seqlens.shape[0] - 1, *u_QHD.shape)
     out_SQHD, out32_SQHD = v_THD.new_empty(shape), v_THD.new_empty(shape, dtype=torch.float32)
     return out_SQHD, out32_SQHD, v_THD.new_empty(2, *shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("navit_kernels::attention_pool_backward", mutates_args=())
-def _attention_pool_backward(
+def _attention_pool_backward_kernel(
     dout_SQHD: Tensor, out32_SQHD: Tensor, softmax_2SQH: Tensor, u_QHD: Tensor, k_THD: Tensor, v_THD: Tensor,
     cu_seqlens: Tensor, norm: str, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -173,7 +192,10 @@ def _attention_pool_backward(
     )
 
 
-@_attention_pool_backward.register_fake
+_attention_pool_backward = define("attention_pool_backward", _attention_pool_backward_kernel)
+
+
+@torch.library.register_fake("navit_kernels::attention_pool_backward")
 def _(dout_SQHD, out32_SQHD, softmax_2SQH, u_QHD, k_THD, v_THD, cu_seqlens, norm, eps):  # type: ignore[no-untyped-def]
     return u_QHD.new_empty(u_QHD.shape), k_THD.new_empty(k_THD.shape), v_THD.new_empty(v_THD.shape)
 
@@ -183,8 +205,19 @@ def _attention_pool_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     ctx.save_for_backward(*output[1:], u_QHD, k_THD, v_THD, cu_seqlens)
 
 
-def _attention_pool_gradient(ctx: Any, dout_SQHD: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    return *_attention_pool_backward(dout_SQHD, *ctx.saved_tensors, ctx.norm, ctx.eps), None, None, None
+def _attention_pool_gradient(
+    run: Callable[..., Any], ctx: Any, dout_SQHD: Tensor, *_: None
+) -> tuple[Tensor | None, ...]:
+    return *run(dout_SQHD, *ctx.saved_tensors, ctx.norm, ctx.eps), None, None, None
 
 
-_attention_pool.register_autograd(_attention_pool_gradient, setup_context=_attention_pool_context)
+torch.library.register_autograd(
+    "navit_kernels::attention_pool",
+    functools.partial(_attention_pool_gradient, _attention_pool_backward),
+    setup_context=_attention_pool_context,
+)
+_attention_pool_directly = direct(
+    _attention_pool_kernel,
+    _attention_pool_context,
+    functools.partial(_attention_pool_gradient, _attention_pool_backward_kernel),
+)
