@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
 from .hopper_steps import PART, load_tile, segment_rows
-from .hopper_tile_steps import store_tile, widen
+from .hopper_tile_steps import store_tile
 
 BLOCK = gl.constexpr(64)  # rows of a warpgroup, and of a block that passes
 GROUPS = gl.constexpr(2)  # warpgroups of a program; BLOCK · GROUPS = TILE
 
 
 @gluon.jit
-def read_item(items_ptr, first_item, w, work, H: gl.constexpr, tokens, tokens_k):
-    """Of the w-th pair of an item and a head: (q_start, q_length, k_start, k_length, tile). Read one pair ahead, as
-    the loads take a microsecond; past the last pair it is the last one's."""
-    base = items_ptr + (first_item + gl.minimum(w, work - 1) // H) * 8
+def read_item(items_ptr, item, tokens, tokens_k):
+    base = items_ptr + item * 8
     q_start, k_start = gl.load(base), gl.load(base + 2)
     # a plan of other lengths must not lead outside the tensors
     q_length = gl.minimum(gl.load(base + 1), tokens - q_start)
@@ -57,42 +55,18 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def pass_by(full, empty, step, blocks, STAGES: gl.constexpr):
-    """Let all blocks pass unused; returns the next step."""
-    for _ in range(blocks):
-        s = step % STAGES
-        mbarrier.wait(full.index(s), (step // STAGES) & 1)
-        mbarrier.arrive(empty.index(s), count=1)
-        step += 1
-    return step
-
-
-@gluon.jit
-def left_operand(x, layouts, HOLD: gl.constexpr):
-    """A matrix in shared memory as left operand, in registers with HOLD."""
-    if not HOLD:
-        return x
-    else:
-        first = x[0].load(gl.DotOperandLayout(0, layouts[0], 2))
-        if len(x) == 1:
-            return (first,)
-        else:
-            return (first, x[1].load(gl.DotOperandLayout(0, layouts[0], 2)))
-
-
-@gluon.jit
-def widen_operand(x, layouts):
-    """A left operand in float32, where the accumulators have it."""
-    first = widen(gl.convert_layout(x[0], layouts[0]))
+def left_operand(x, layouts):
+    """A matrix in shared memory as left operand in registers."""
+    first = x[0].load(gl.DotOperandLayout(0, layouts[0], 2))
     if len(x) == 1:
         return (first,)
     else:
-        return (first, widen(gl.convert_layout(x[1], layouts[1])))
+        return (first, x[1].load(gl.DotOperandLayout(0, layouts[0], 2)))
 
 
 @gluon.jit
 def start_scores(x, y, zero):
-    """x · yᵀ."""
+    """x · yᵀ, x in registers."""
     product = warpgroup_mma(x[0], y[0].permute([1, 0]), zero, use_acc=False, is_async=True)
     if len(x) == 2:
         product = warpgroup_mma(x[1], y[1].permute([1, 0]), product, is_async=True)
@@ -123,34 +97,3 @@ def zeros(layouts, D2: gl.constexpr):
 def narrow(x, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
     """A left operand of `start_adding`."""
     return gl.convert_layout(x.to(DTYPE), LAYOUT)
-
-
-@gluon.jit
-def finish(scores, product, held):
-    """All that is under way, once it is there, and `held`, computed meanwhile."""
-    if len(product) == 1:
-        scores, first, held = warpgroup_mma_wait(0, deps=[scores, product[0], held])
-        return scores, (first,), held
-    else:
-        scores, first, second, held = warpgroup_mma_wait(0, deps=[scores, product[0], product[1], held])
-        return scores, (first, second), held
-
-
-@gluon.jit
-def finish_two(x, y, held):
-    if len(x) == 1:
-        x_1, y_1, held = warpgroup_mma_wait(0, deps=[x[0], y[0], held])
-        return (x_1,), (y_1,), held
-    else:
-        x_1, x_2, y_1, y_2, held = warpgroup_mma_wait(0, deps=[x[0], x[1], y[0], y[1], held])
-        return (x_1, x_2), (y_1, y_2), held
-
-
-@gluon.jit
-def finish_three(scores, x, y, held):
-    if len(x) == 1:
-        scores, x_1, y_1, held = warpgroup_mma_wait(0, deps=[scores, x[0], y[0], held])
-        return scores, (x_1,), (y_1,), held
-    else:
-        scores, x_1, x_2, y_1, y_2, held = warpgroup_mma_wait(0, deps=[scores, x[0], x[1], y[0], y[1], held])
-        return scores, (x_1, x_2), (y_1, y_2), held

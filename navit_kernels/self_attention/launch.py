@@ -113,7 +113,7 @@ class Launcher:
 
     def classes(self) -> list[int]:
         """The classes that may hold work, the longest segments first."""
-        return [c for c in reversed(range(CLASSES)) if self.on_device or self.ends[c + 1] > self.ends[c]]
+        return [c for c in reversed(range(CLASSES)) if self.items_of(c) > 0]
 
     def grid(self, index: int, splits: int = 1) -> tuple[int]:
         return (self.items_of(index) * self.heads * splits,)
@@ -309,8 +309,8 @@ def backward(
             from . import hopper_backward
 
             hopper_backward.backward_stream(
-                call, index, dout, dq, dk, dv, row_numbers, sizes, partials, splits, weight_grads,
-                stages=(launch.stages, queries.stages),
+                call, index, dout, dq, dk, dv, r_or_any, row_numbers, sizes, partials, splits, weight_grads,
+                stages=launch.stages,
             )  # fmt: skip
             continue
         launch_kernel(
