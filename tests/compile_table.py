@@ -53,10 +53,9 @@ def launches_of(arch: str, index: int, width: int, dtype: torch.dtype) -> dict[s
     config = choose_config(capability, width, index, dtype.itemsize * 8, gluon=True)
     names = dict.fromkeys(("forward_tile", "forward_stream", "hopper_forward_tile"), config.forward)
     backward = ("backward_tile", "backward_resident", "backward_keys")
-    backward += ("hopper_backward_tile", "hopper_backward_resident", "hopper_keys")
+    backward += ("hopper_backward_tile", "hopper_backward_resident", "hopper_keys", "hopper_queries")
     names |= dict.fromkeys(backward, config.backward)
-    queries = {} if config.queries is None else dict.fromkeys(("backward_queries", "hopper_queries"), config.queries)
-    return names | queries
+    return names if config.queries is None else names | {"backward_queries": config.queries}
 
 
 def compile_class(arch: str, index: int, width: int, dtype: torch.dtype, kind: str | None) -> list[Compiled]:

@@ -76,7 +76,9 @@ def choose_config(
         forward = HOPPER_FORWARD[row]
         config = replace(config, forward=forward, normalize_keys=forward.kernel == "hopper_tile")
     if gluon and gluon_backward is not False and row in HOPPER_BACKWARD:
-        config = replace(config, backward=HOPPER_BACKWARD[row], queries=HOPPER_QUERIES.get(row))
+        backward = HOPPER_BACKWARD[row]
+        if backward.kernel != "hopper_stream" or head_dim == 64:  # the stream has run at no other width yet
+            config = replace(config, backward=backward, queries=None)
     return config
 
 
@@ -191,12 +193,13 @@ HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (1, 3): Launch("hopper_resident", 256, 64, 4, 1, spills=256, measured="U256 926, pt mix 682; portable 1701, 1414"),
     (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 356; portable 624"),
     (2, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=256, measured="U128 437; portable 899"),
-    (0, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=64, measured="ft 688, U4096 3377; portable 946, 4134"),
-    (1, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192),
-    (2, 4): Launch("hopper_stream", 64, 64, 4, 3, spills=64),
-}
-HOPPER_QUERIES = {  # of the streams above
-    (0, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=192),
-    (1, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=192),
-    (2, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192),
+    (0, 4): Launch(
+        "hopper_stream",
+        64,
+        64,
+        4,
+        4,
+        spills=128,
+        measured="ft 688 + 661, U1024 897 + 830, U4096 3377 + 3048; portable 946 + 785, 1187 + 925, 4134 + 3045",
+    ),
 }
