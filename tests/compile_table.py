@@ -52,9 +52,9 @@ def launches_of(arch: str, index: int, width: int, dtype: torch.dtype) -> dict[s
     capability = 0 if arch.startswith("gfx") else int(arch[3:])
     config = choose_config(capability, width, index, dtype.itemsize * 8, gluon=True)
     names = dict.fromkeys(("forward_tile", "forward_stream", "hopper_forward_tile"), config.forward)
-    names |= dict.fromkeys(
-        ("backward_tile", "backward_resident", "backward_keys", "hopper_backward_tile", "hopper_keys"), config.backward
-    )
+    backward = ("backward_tile", "backward_resident", "backward_keys")
+    backward += ("hopper_backward_tile", "hopper_backward_resident", "hopper_keys")
+    names |= dict.fromkeys(backward, config.backward)
     queries = {} if config.queries is None else dict.fromkeys(("backward_queries", "hopper_queries"), config.queries)
     return names | queries
 

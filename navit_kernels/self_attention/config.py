@@ -19,7 +19,7 @@ LARGE_SHARED = (80, 90, 100)  # architectures with the shared memory that the me
 class Launch:
     """One kernel's compile-time choices. block_m: query rows; block_n: key rows; stages: of the loop's loads."""
 
-    kernel: str  # "tile", "stream", "hopper_tile", "hopper_stream", or in a backward "resident"
+    kernel: str  # "tile", "stream", "hopper_tile", "hopper_stream", or in a backward "resident" or "hopper_resident"
     block_m: int
     block_n: int
     warps: int
@@ -171,22 +171,24 @@ WIDE = (  # from 88 to 128, measured at 128 with 8 heads
 )
 
 HOPPER_FORWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class); block_m: the longest segment, block_n: keys of a chunk
-    (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, measured="U64 152; portable 189"),
-    (0, 2): Launch("hopper_tile", 128, 64, 4, 1, 168, measured="U128 172; capped at 128 registers 202, portable 221"),
-    (0, 3): Launch("hopper_tile", 256, 64, 4, 1, 168, 256, measured="U256 234; uncapped 272, portable 383"),
-    (1, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, measured="U64 183; portable 278"),
-    (1, 2): Launch("hopper_tile", 128, 64, 4, 1, 168, 256, measured="U128 231; uncapped 261, portable 488"),
-    (1, 3): Launch("hopper_tile", 256, 64, 4, 1, spills=128, measured="U256 332; portable 501"),
-    (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 166; portable 207"),
-    (2, 2): Launch("hopper_tile", 128, 64, 4, 1, spills=256, measured="U128 177; portable 346"),
-    (2, 3): Launch("hopper_tile", 256, 64, 8, 1, spills=512, measured="U256 265; 4 warps 341, portable 464"),
+    (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, measured="U64 152 with a running maximum; portable 189"),
+    (0, 2): Launch("hopper_tile", 128, 64, 4, 1, 128, 256, measured="U128 184; capped at 168 188, portable 221"),
+    (0, 3): Launch("hopper_tile", 256, 64, 4, 1, 168, 256, measured="U256 229; running maximum 242, portable 383"),
+    (1, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U64 183 with a running maximum; portable 278"),
+    (1, 2): Launch("hopper_tile", 128, 64, 4, 1, 168, 512, measured="U128 243; running maximum 254, portable 488"),
+    (1, 3): Launch("hopper_tile", 256, 64, 4, 1, spills=256, measured="U256 329; running maximum 342, portable 501"),
+    (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 166 with a running maximum; portable 207"),
+    (2, 2): Launch("hopper_tile", 128, 64, 4, 1, spills=384, measured="U128 177 with a running maximum; portable 346"),
+    (2, 3): Launch("hopper_tile", 256, 64, 8, 1, spills=512, measured="U256 264; running maximum 275, portable 464"),
 }
 HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (0, 0): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U32 488, on the pt mix 31; portable 495, 54"),
     (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U64 325; uncapped 337, portable 507"),
     (0, 2): Launch("hopper_tile", 128, 128, 4, 1, None, 320, measured="U128 367; 8 warps 547, portable 852"),
+    (0, 3): Launch("hopper_resident", 256, 64, 4, 1, spills=64, measured="U256 646, pt mix 479; portable 1003, 839"),
     (1, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 423; portable 875"),
     (1, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=64, measured="U128 646; 4 warps 681, portable 1141"),
+    (1, 3): Launch("hopper_resident", 256, 64, 4, 1, spills=256, measured="U256 926, pt mix 682; portable 1701, 1414"),
     (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 356; portable 624"),
     (2, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=256, measured="U128 437; portable 899"),
     (0, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=64, measured="ft 688, U4096 3377; portable 946, 4134"),

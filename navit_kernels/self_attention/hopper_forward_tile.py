@@ -11,7 +11,9 @@ query rows is folded in registers and multiplied from there, so that the next bl
 
     for each block of rows:  q → u → for each chunk of keys: S = u·k̂ᵀ → P → acc += P·v → out
 
-The softmax is online over chunks of keys. A segment of up to three quarters of the longest takes fewer of them.
+The softmax goes over chunks of keys, of which a segment of up to three quarters of the longest takes fewer. Its maximum
+is fixed where both norms' weights bound all scores of a head by FIXED_MAX_LIMIT, whatever q and k are: with ‖q̂‖ and
+‖k̂‖ ≤ √D, S_ij ≤ √D·fold_scale·(√D·max|γq γk| + ‖βq γk‖). Else it is online.
 
 Barriers: k_full and v_full, each of one arrival and one phase, and q_full, a phase per block, say that TMA's rows are
 there. None says that Q is free: all warps have read it when the next block is asked for. Rows past the segment's end
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton import constexpr_function
@@ -51,6 +54,7 @@ from .hopper_tile_steps import (
     scale_columns,
     write,
 )
+from .kernel import FIXED_MAX_LIMIT
 from .steps import NONE
 
 
@@ -68,6 +72,29 @@ def normalize_rows(x, eps, layouts, NORM: gl.constexpr, D: gl.constexpr):
     values = read(x, layouts)
     r, offset = row_statistics(values, eps, NORM, D)
     write(x, affine_rows(values, r, offset, D))
+
+
+@gluon.jit
+def load_weights(
+    q_weight_ptr, q_bias_ptr, k_weight_ptr, Q_WEIGHT: gl.constexpr, Q_BIAS: gl.constexpr, K_WEIGHT: gl.constexpr,
+    layouts, D: gl.constexpr, D2: gl.constexpr,
+):  # fmt: skip
+    """(gain, shift) = (γq γk, βq γk) of a head."""
+    k_weight = load_vector(k_weight_ptr, K_WEIGHT, 1.0, layouts, D, D2)
+    q_weight = load_vector(q_weight_ptr, Q_WEIGHT, 1.0, layouts, D, D2)
+    q_bias = load_vector(q_bias_ptr, Q_BIAS, 0.0, layouts, D, D2)
+    return multiply(q_weight, k_weight), multiply(q_bias, k_weight)
+
+
+@gluon.jit
+def score_bound(gain, shift, fold_scale, D: gl.constexpr):
+    """What no score of a head exceeds, whatever q and k are: √D·fold_scale·(√D·max|gain| + ‖shift‖)."""
+    largest, square = gl.max(gl.abs(gain[0]), 0), gl.sum(shift[0] * shift[0], 0)
+    if len(gain) == 2:
+        largest = gl.maximum(largest, gl.max(gl.abs(gain[1]), 0))
+        square += gl.sum(shift[1] * shift[1], 0)
+    root = gl.sqrt(gl.to_tensor(D + 0.0))
+    return root * fold_scale * (root * largest + gl.sqrt(square))
 
 
 @gluon.jit
@@ -144,11 +171,17 @@ def masked(s, START: gl.constexpr, k_length, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def attend(
-    u, k, v, zero, score_scale, k_length, v_full, FOLD: gl.constexpr, KEYS: gl.constexpr, CHUNK: gl.constexpr,
-    num_warps: gl.constexpr,
+def thread_sums(p):
+    """Sums over the columns of p that differ by multiples of 8: those that one thread has."""
+    return gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
+def attend_keys(
+    u, k, v, zero, bound, score_scale, k_length, v_full, FOLD: gl.constexpr, KEYS: gl.constexpr, CHUNK: gl.constexpr,
+    FIXED_MAX: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """(acc, l, m) of a block of rows: the online softmax over chunks of keys."""
+    """(acc, l, m) over the first KEYS keys: the softmax over chunks, online unless m is `bound` from the start."""
     ROWS: gl.constexpr = u[0].shape[0]
     CHUNKS: gl.constexpr = (KEYS + CHUNK - 1) // CHUNK
     mma_1: gl.constexpr = zero[0].type.layout
@@ -159,20 +192,26 @@ def attend(
         if not FOLD:
             s = s * score_scale
         s = masked(s, c * CHUNK, k_length, min(CHUNK, KEYS - c * CHUNK))
-        if c == 0:
-            m = gl.convert_layout(gl.max(s, 1), row)
-            m = gl.where(k_length > 0, m, 0.0)
+        if FIXED_MAX:
+            p = gl.exp2(s - bound)
         else:
-            before = m
-            m = gl.maximum(m, gl.convert_layout(gl.max(s, 1), row))
-            rescale = gl.exp2(before - m)
-            acc = scale_rows(acc, rescale)
-        p = gl.exp2(s - gl.convert_layout(m, gl.SliceLayout(1, s.type.layout))[:, None])
+            if c == 0:
+                m = gl.convert_layout(gl.max(s, 1), row)
+                m = gl.where(k_length > 0, m, 0.0)
+            else:
+                before = m
+                m = gl.maximum(m, gl.convert_layout(gl.max(s, 1), row))
+                rescale = gl.exp2(before - m)
+                acc = scale_rows(acc, rescale)
+            p = gl.exp2(s - gl.convert_layout(m, gl.SliceLayout(1, s.type.layout))[:, None])
+        sums = thread_sums(p)
         if c == 0:
-            l = gl.convert_layout(gl.sum(p, 1), row)
+            l = sums
             mbarrier.wait(v_full, 0)
         else:
-            l = l * rescale + gl.convert_layout(gl.sum(p, 1), row)
+            if not FIXED_MAX:
+                l = l * gl.convert_layout(rescale, gl.SliceLayout(1, l.type.layout))[:, None]
+            l += gl.convert_layout(sums, l.type.layout)
         p_16 = operand((p,), v[0].dtype, mma_1)[0]
         acc = start_output(p_16, rows_of(v, c * CHUNK, min(CHUNK, KEYS - c * CHUNK)), acc, c > 0)
         if c < CHUNKS - 1:
@@ -180,6 +219,27 @@ def attend(
             acc, p_16, s = wait_for_output(acc, p_16, s, 0)
         else:
             acc, p_16, l = wait_for_output(acc, p_16, l, 0)
+    l = gl.convert_layout(gl.sum(l, 1), row)
+    if FIXED_MAX:
+        m = gl.zeros_like(l) + bound
+    return acc, l, m
+
+
+@gluon.jit
+def attend(
+    u, k, v, zero, bound, score_scale, k_length, v_full, FOLD: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr,
+    FIXED_MAX: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """(acc, l, m) of a block of rows."""
+    SHORTER: gl.constexpr = BLOCK // 4 * 3 if BLOCK > 64 else BLOCK
+    if k_length > SHORTER or SHORTER == BLOCK:
+        acc, l, m = attend_keys(
+            u, k, v, zero, bound, score_scale, k_length, v_full, FOLD, BLOCK, CHUNK, FIXED_MAX, num_warps
+        )
+    else:
+        acc, l, m = attend_keys(
+            u, k, v, zero, bound, score_scale, k_length, v_full, FOLD, SHORTER, CHUNK, FIXED_MAX, num_warps
+        )
     return acc, l, m
 
 
@@ -235,12 +295,13 @@ def store_part(ptr, x, first_row, last_row, stride, START: gl.constexpr, D: gl.c
 
 @gluon.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
 def hopper_forward_tile(
-    q_1, k_1, v_1, q_2, k_2, v_2, out_ptr, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr,
+    q_1, k_1, v_1, out_ptr, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr,
     offsets_ptr, first_item, tokens, tokens_k, q_weight_stride: gl.constexpr, q_bias_stride: gl.constexpr,
     k_weight_stride: gl.constexpr, q_eps, k_eps, fold_scale, score_scale, H: gl.constexpr, D: gl.constexpr,
     D2: gl.constexpr, Q_NORM: gl.constexpr, K_NORM: gl.constexpr, Q_WEIGHT: gl.constexpr, Q_BIAS: gl.constexpr,
     K_WEIGHT: gl.constexpr, FOLD: gl.constexpr, SAVE_LSE: gl.constexpr, CLASS: gl.constexpr, ON_DEVICE: gl.constexpr,
-    BLOCK: gl.constexpr, CHUNK: gl.constexpr, num_warps: gl.constexpr,
+    BLOCK: gl.constexpr, CHUNK: gl.constexpr, TRY_FIXED_MAX: gl.constexpr,
+    num_warps: gl.constexpr, q_2=None, k_2=None, v_2=None,
 ):  # fmt: skip
     work = gl.program_id(0)
     if ON_DEVICE:
@@ -250,8 +311,6 @@ def hopper_forward_tile(
     DTYPE: gl.constexpr = q_1.dtype
     ROWS: gl.constexpr = 16 * num_warps
     GAIN: gl.constexpr = Q_WEIGHT or K_WEIGHT
-    STEP: gl.constexpr = min(BLOCK, 128)
-    SHORTER: gl.constexpr = BLOCK // 4 * 3 if BLOCK > 64 else BLOCK
     q_in, k_in, v_in = column_parts(q_1, q_2, D2), column_parts(k_1, k_2, D2), column_parts(v_1, v_2, D2)
     mma_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, PART, 16])
     mma_2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, D2 or 16, 16])
@@ -286,14 +345,20 @@ def hopper_forward_tile(
     load_rows(v_in, kv_tiles, 1, v_full, k_start, k_length, h)
     k, v = matrix(kv_tiles, 0, BLOCK, D2), matrix(kv_tiles, 1, BLOCK, D2)
 
+    fixed_max, bound = False, 0.0
+    if TRY_FIXED_MAX:
+        gain, shift = load_weights(
+            q_weight_ptr + h * q_weight_stride, q_bias_ptr + h * q_bias_stride, k_weight_ptr + h * k_weight_stride,
+            Q_WEIGHT, Q_BIAS, K_WEIGHT, layouts, D, D2,
+        )  # fmt: skip
+        bound = score_bound(gain, shift, gl.abs(fold_scale), D)
+        fixed_max = bound <= FIXED_MAX_LIMIT
+
     mbarrier.wait(k_full, 0)
     if K_NORM != NONE:
-        normalize_rows(rows_of(k, 0, STEP), k_eps, layouts, K_NORM, D)
-        if STEP < BLOCK:
-            if k_length > SHORTER:
-                normalize_rows(rows_of(k, STEP, STEP), k_eps, layouts, K_NORM, D)
-            elif k_length > STEP:
-                normalize_rows(rows_of(k, STEP, SHORTER - STEP), k_eps, layouts, K_NORM, D)
+        for start in gl.static_range(0, BLOCK, 64):
+            if start < k_length:
+                normalize_rows(rows_of(k, start, 64), k_eps, layouts, K_NORM, D)
     fence_async_shared()
 
     zero_1 = gl.zeros([ROWS, PART], gl.float32, mma_1)
@@ -306,14 +371,17 @@ def hopper_forward_tile(
         if row + ROWS < q_length:
             load_block(q_in, q_tiles, q_full, row + ROWS, q_start, q_length, h, ROWS, D2)
         # loaded again for each block: kept, they would cost registers
-        k_weight = load_vector(k_weight_ptr + h * k_weight_stride, K_WEIGHT, 1.0, layouts, D, D2)
-        gain = multiply(load_vector(q_weight_ptr + h * q_weight_stride, Q_WEIGHT, 1.0, layouts, D, D2), k_weight)
-        shift = multiply(load_vector(q_bias_ptr + h * q_bias_stride, Q_BIAS, 0.0, layouts, D, D2), k_weight)
+        gain, shift = load_weights(
+            q_weight_ptr + h * q_weight_stride, q_bias_ptr + h * q_bias_stride, k_weight_ptr + h * k_weight_stride,
+            Q_WEIGHT, Q_BIAS, K_WEIGHT, layouts, D, D2,
+        )  # fmt: skip
         u = folded_rows(q, gain, shift, q_eps, fold_scale, Q_NORM, FOLD, GAIN, Q_BIAS, D)
-        if k_length > SHORTER or SHORTER == BLOCK:
-            acc, l, m = attend(u, k, v, zero, score_scale, k_length, v_full, FOLD, BLOCK, CHUNK, num_warps)
+        if fixed_max:
+            acc, l, m = attend(u, k, v, zero, bound, score_scale, k_length, v_full, FOLD, BLOCK, CHUNK, True, num_warps)
         else:
-            acc, l, m = attend(u, k, v, zero, score_scale, k_length, v_full, FOLD, SHORTER, CHUNK, num_warps)
+            acc, l, m = attend(
+                u, k, v, zero, bound, score_scale, k_length, v_full, FOLD, BLOCK, CHUNK, False, num_warps
+            )
         acc = scale_rows(acc, gl.where(l == 0, 0.0, 1.0 / l))
         for c in gl.static_range(len(acc)):
             store_part(out_ptr + h * D, acc[c], q_start + row, q_start + q_length, H * D, c * PART, D, num_warps)
@@ -325,14 +393,15 @@ def hopper_forward_tile(
 
 def forward_tile(
     call: Any, index: int, out: Tensor, lse: Tensor, save_lse: bool, *, block: int, chunk: int, warps: int = 4,
-    registers: int | None = None,
+    fixed_max: bool = True, registers: int | None = None,
 ) -> None:  # fmt: skip
     norms = call.norms
     first, second = parts(max(call.width, PART.value))
     rows = 16 * warps
     tensors = dict(q=(call.q, rows), k=(call.k, block), v=(call.v, block))
     descriptors = {f"{name}_1": ragged(x, n, first) for name, (x, n) in tensors.items()}
-    descriptors |= {f"{name}_2": ragged(x, n, second) if second else None for name, (x, n) in tensors.items()}
+    if second:
+        descriptors |= {f"{name}_2": ragged(x, n, second) for name, (x, n) in tensors.items()}
     options = {} if registers is None else dict(maxnreg=registers)
     launch_kernel(
         hopper_forward_tile, call.grid(index),
@@ -340,4 +409,5 @@ def forward_tile(
         k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale, H=call.heads, D=call.width,
         D2=second, Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse, BLOCK=block,
         CHUNK=chunk, num_warps=warps, **options,
+        TRY_FIXED_MAX=fixed_max and 0 not in (norms.q_kind, norms.k_kind) and out.dtype != torch.float16,
     )  # fmt: skip

@@ -113,7 +113,7 @@ class Launcher:
 
     def classes(self) -> list[int]:
         """The classes that may hold work, the longest segments first."""
-        return [c for c in reversed(range(CLASSES)) if self.on_device or self.ends[c + 1] > self.ends[c]]
+        return [c for c in reversed(range(CLASSES)) if self.items_of(c) > 0]
 
     def grid(self, index: int, splits: int = 1) -> tuple[int]:
         return (self.items_of(index) * self.heads * splits,)
@@ -194,7 +194,7 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
 
             hopper_forward_tile.forward_tile(
                 call, index, out, lse, save_lse, block=launch.block_m, chunk=launch.block_n, warps=launch.warps,
-                registers=launch.registers,
+                fixed_max=config.fixed_max, registers=launch.registers,
             )  # fmt: skip
             continue
         options = compile_options(launch)
@@ -264,6 +264,14 @@ def backward(
                 call, index, dout, lse, dq, dk, dv, partials, splits, weight_grads, block=launch.block_m,
                 warps=launch.warps, registers=launch.registers,
                 use_lse=config.forward.kernel != "stream",  # whose scores are these, to the bit; a stream's K is raw
+            )  # fmt: skip
+            continue
+        if launch.kernel == "hopper_resident":
+            from . import hopper_backward_resident
+
+            hopper_backward_resident.backward_resident(
+                call, index, dout, out, lse, dq, dk, dv, partials, splits, weight_grads, block=launch.block_m,
+                use_lse=config.forward.kernel != "stream" or config.normalize_keys, registers=launch.registers,
             )  # fmt: skip
             continue
         base = dict(**call.shape, **call.work(index), **compile_options(launch))

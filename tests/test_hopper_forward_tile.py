@@ -1,0 +1,84 @@
+"""Hopper's forward of short segments, compiled ahead of time: what keeps its programs side by side and its products
+asynchronous. What it computes is tested with varlen_attention's other kernels, on a GPU."""
+
+from __future__ import annotations
+
+import bisect
+from unittest import mock
+
+import pytest
+from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches
+from attention_checks import BF16, FP16, Case
+from test_hopper_backward_tile import PER_MULTIPROCESSOR, machine_code
+
+from navit_kernels.head_norm import NORM_CODES
+from navit_kernels.plan import CLASS_LIMITS
+from navit_kernels.self_attention.config import Launch, choose_config
+
+
+def launch_of(case: Case) -> Launch:
+    return choose_config(90, case.width, bisect.bisect_left(CLASS_LIMITS, case.lengths[0]), 16, gluon=True).forward
+
+
+def compile_forward(case: Case) -> Compiled:
+    """As the launch table has it, for a pack on tensors without memory."""
+    from navit_kernels.self_attention import launch
+
+    tensors = case.inputs("meta")
+    q, k, v = (tensors[name] for name in "qkv")
+    norms = launch.Norms(
+        NORM_CODES[case.q_kind], tensors.get("q_weight"), tensors.get("q_bias"), 1e-6, NORM_CODES[case.k_kind],
+        tensors.get("k_weight"), 1e-6,
+    )  # fmt: skip
+    plan = case.plan("meta")
+    assert plan is not None
+    with mock.patch.object(launch, "architecture", return_value=90):
+        call = launch.Launcher(q, k, v, norms, case.width**-0.5, plan.items, plan.offsets, plan.host_offsets)
+        (compiled,) = compile_launches("sm_90", lambda: launch.forward(call, True))
+    assert compiled.name == "hopper_forward_tile"
+    return compiled
+
+
+@pytest.mark.compile_only
+@pytest.mark.parametrize(
+    ("case", "programs"),
+    [
+        (Case((256,), 16, 64, BF16), 3),
+        (Case((200,), 16, 64, FP16, "l2", "rms_norm", "per head", bias=False), 3),
+        (Case((200,), 16, 64, BF16, None, None), 3),
+        (Case((128,), 16, 64, BF16), 3),
+        (Case((64,), 16, 64, FP16), 4),
+        (Case((200,), 16, 72, BF16), 2),
+        (Case((100,), 16, 80, FP16), 3),
+        (Case((256,), 8, 128, BF16), 1),
+        (Case((128,), 8, 96, BF16, bias=False), 2),
+        (Case((64,), 8, 24, BF16), 4),
+    ],
+    ids=str,
+)
+def test_programs_fit_side_by_side(case: Case, programs: int) -> None:
+    launch, one = launch_of(case), compile_forward(case)
+    assert one.spills <= launch.spills, f"spills {one.spills} bytes"
+    assert one.registers * 32 * launch.warps * programs <= 1 << 16
+    assert one.shared <= SHARED_MEMORY_LIMIT["sm_90"]
+    assert (one.shared + 1024) * programs <= PER_MULTIPROCESSOR
+
+
+@pytest.mark.compile_only
+@pytest.mark.parametrize("width", [64, 72])
+def test_products_are_asynchronous(width: int) -> None:
+    """On wgmma, and a wait for each that the code waits for: the compiler can serialize them, with a wait after every
+    instruction."""
+    one = compile_forward(Case((256,), 16, width, BF16))
+    code = machine_code(one)
+    assert one.asm["ptx"].count("wgmma.mma_async") >= 2 * 4
+    assert "HGMMA" in code
+    assert code.count("WARPGROUP.DEPBAR") <= one.asm["ptx"].count("wgmma.wait_group")
+
+
+@pytest.mark.compile_only
+def test_outputs_leave_in_sixteen_bytes_a_thread() -> None:
+    """And by way of a warp's own exchange, without room for the whole tile: a third program would not fit."""
+    one = compile_forward(Case((256,), 16, 64, BF16))
+    assert "st.global.v4.b32" in one.asm["ptx"]
+    assert one.shared < (2 * 256 + 64) * 64 * 2 + 3 * 1024
