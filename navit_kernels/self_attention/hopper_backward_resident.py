@@ -32,6 +32,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
+from .._jit import launch_kernel
 from .hopper_resident_steps import (
     ROWS,
     delta_rows,
@@ -436,7 +437,8 @@ def backward_resident(
     descriptors = {f"{name}_1": ragged(x, ROWS.value, first) for name, x in tensors.items()}
     descriptors |= {f"{name}_2": ragged(x, ROWS.value, second) if second else None for name, x in tensors.items()}
     options = {} if registers is None else dict(maxnreg=registers)
-    hopper_backward_resident[call.grid(index)](
+    launch_kernel(
+        hopper_backward_resident, call.grid(index),
         **descriptors, **call.weights(), **call.work(index), out_ptr=out, lse_ptr=lse, partials_ptr=partials,
         q_eps=norms.q_eps, k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale,
         softmax_scale=call.softmax_scale, key_factor=call.key_factor, H=call.heads, D=call.width, D2=second,
