@@ -27,6 +27,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@functools.cache
+def gluon_is_supported() -> bool:
+    """Gluon is experimental: its names move between releases. These are tested."""
+    return (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
+
+
 class _CallSite:
     """What calls of one kernel with the same argument names have in common: the names, and what was compiled."""
 

@@ -92,6 +92,17 @@ def _resources(kernel: Any) -> Compiled:
     return Compiled(kernel.metadata.name, registers, spills, kernel.metadata.shared, kernel.asm)
 
 
+def machine_code(compiled: Compiled) -> str:
+    """An NVIDIA launch, disassembled."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run([str(tool), "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
 def assert_fits(arch: str, launch: Callable[[], object]) -> list[Compiled]:
     """Compile and assert that nothing spills and that shared memory suffices."""
     compiled = compile_launches(arch, launch)

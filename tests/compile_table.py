@@ -51,14 +51,12 @@ def launches_of(arch: str, index: int, width: int, dtype: torch.dtype) -> dict[s
     """The launch table's row for each kernel that multiplies tiles, by the kernel's name."""
     capability = 0 if arch.startswith("gfx") else int(arch[3:])
     config = choose_config(capability, width, index, dtype.itemsize * 8, gluon=True)
-    names = dict.fromkeys(
-        ("forward_tile", "forward_stream", "hopper_forward_tile", "hopper_forward_stream"), config.forward
-    )
-    names |= dict.fromkeys(
-        ("backward_tile", "backward_resident", "backward_keys", "hopper_backward_tile", "hopper_keys"), config.backward
-    )
-    queries = {} if config.queries is None else dict.fromkeys(("backward_queries", "hopper_queries"), config.queries)
-    return names | queries
+    forward = ("forward_tile", "forward_stream", "hopper_forward_tile", "hopper_forward_stream")
+    names = dict.fromkeys(forward, config.forward)
+    backward = ("backward_tile", "backward_resident", "backward_keys")
+    backward += ("hopper_backward_tile", "hopper_backward_resident", "hopper_keys", "hopper_queries")
+    names |= dict.fromkeys(backward, config.backward)
+    return names if config.queries is None else names | {"backward_queries": config.queries}
 
 
 def compile_class(arch: str, index: int, width: int, dtype: torch.dtype, kind: str | None) -> list[Compiled]:

@@ -3,19 +3,20 @@ asynchronous. What it computes is tested with varlen_attention's other kernels, 
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches
+from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches, machine_code
 from attention_checks import BF16, FP16, Case
-from test_hopper_backward_tile import machine_code
 
 from navit_kernels.head_norm import NORM_CODES
 from navit_kernels.plan import CLASSES
+from navit_kernels.self_attention.config import choose_config
 
 
 def compile_case(case: Case) -> list[Compiled]:
     from navit_kernels.self_attention import hopper_backward, launch
-    from navit_kernels.self_attention.config import choose_config
 
     tensors = case.inputs("meta")
     q, k, v, dout = (tensors[name] for name in ("q", "k", "v", "dout"))
@@ -31,8 +32,8 @@ def compile_case(case: Case) -> list[Compiled]:
     def backward() -> None:
         grads = (torch.empty_like(x) for x in (q, k, v))
         hopper_backward.backward_stream(
-            call, CLASSES - 1, dout, *grads, floats, floats, floats, 2, norms.q_weight is not None,
-            stages=(config.backward.stages, config.queries.stages),
+            call, CLASSES - 1, dout, *grads, floats, floats, floats, floats, 2, norms.q_weight is not None,
+            stages=config.backward.stages,
         )  # fmt: skip
 
     return compile_launches("sm_90", backward)
@@ -40,25 +41,33 @@ def compile_case(case: Case) -> list[Compiled]:
 
 @pytest.mark.compile_only
 @pytest.mark.parametrize(
-    ("case", "spills"),
+    "case",
     [
-        # Triton 3.9.0 spills more than 3.6.0, whose most is 16 bytes here
-        (Case((300,), 16, 64, BF16), 192),
-        (Case((300,), 16, 64, FP16, "l2", "rms_norm", "per head", bias=False), 192),
-        (Case((300,), 16, 64, BF16, None, None), 192),
-        (Case((300,), 16, 72, BF16), 192),
-        (Case((300,), 16, 96, BF16), 192),
-        (Case((300,), 8, 128, BF16, bias=False), 192),
-        (Case((300,), 8, 24, BF16), 192),
+        Case((300,), 16, 64, BF16),
+        Case((300,), 16, 64, FP16, "l2", "rms_norm", "per head", bias=False),
+        Case((300,), 16, 64, BF16, None, None),
     ],
     ids=str,
 )
-def test_rows_stay_in_registers(case: Case, spills: int) -> None:
+def test_rows_stay_in_registers(case: Case) -> None:
+    allowed = choose_config(90, case.width, CLASSES - 1, 16, gluon=True).backward.spills
     for one in compile_case(case):
-        assert one.spills <= spills, f"{one.name} spills {one.spills} bytes"
+        assert one.spills <= allowed, f"{one.name} spills {one.spills} bytes"  # none with Triton 3.6.0
         assert one.shared <= SHARED_MEMORY_LIMIT["sm_90"]
         code, text = machine_code(one), one.asm["ptx"]
-        assert text.count("wgmma.mma_async") >= 56
+        # two warpgroups' first block, loop and last products
+        assert text.count("wgmma.mma_async") == (64 if one.name == "hopper_keys" else 48)
         assert "HGMMA" in code
         # a wait for each that the code waits for: the compiler can serialize products, with a wait after every one
         assert code.count("WARPGROUP.DEPBAR") <= text.count("wgmma.wait_group")
+
+
+@pytest.mark.compile_only
+def test_products_run_under_the_softmax() -> None:
+    """In the loops all exponentials stand before the last wait for the products that were started before them."""
+    for one in compile_case(Case((300,), 16, 64, BF16)):
+        code = "".join(re.findall(r"(HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR)", machine_code(one)))
+        code = code.replace("HGMMA", "p").replace("MUFU.EX2", "e").replace("WARPGROUP.DEPBAR", "w")
+        products = 16 if one.name == "hopper_keys" else 12
+        loops = re.findall(f"p{{{products}}}(w[ew]*?w[ew]*?w)", code)
+        assert [loop.count("e") for loop in loops] == [32, 32], f"{one.name}: {code}"

@@ -3,13 +3,9 @@ asynchronous. What it computes is tested with varlen_attention's other kernels, 
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
-from pathlib import Path
-
 import pytest
 import torch
-from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches
+from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches, machine_code
 from attention_checks import BF16, FP16, Case
 
 from navit_kernels.head_norm import NORM_CODES
@@ -41,16 +37,6 @@ def compile_case(case: Case, block: int, warps: int, use_lse: bool = True) -> Co
 
     (compiled,) = compile_launches("sm_90", backward)
     return compiled
-
-
-def machine_code(compiled: Compiled) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        return subprocess.run([str(tool), "-c", file.name], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.compile_only

@@ -7,9 +7,9 @@ import bisect
 from unittest import mock
 
 import pytest
-from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches
+from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches, machine_code
 from attention_checks import BF16, FP16, Case
-from test_hopper_backward_tile import PER_MULTIPROCESSOR, machine_code
+from test_hopper_backward_tile import PER_MULTIPROCESSOR
 
 from navit_kernels.head_norm import NORM_CODES
 from navit_kernels.plan import CLASS_LIMITS

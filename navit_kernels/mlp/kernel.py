@@ -8,16 +8,16 @@
     f(h) = h · σ, σ = sigmoid(2 √(2/π) (h + 0.044715 h³))    "gelu_tanh", in which (1 + tanh y) / 2 = sigmoid(2y)
     f(gate, value) = gate · sigmoid(gate) · value            "swiglu"
 
-Backward, with dact = dout @ down:
+Backward, with dact = dout @ down, rounded:
 
     dhidden = f'(hidden) · dact        f'(h) = σ + h σ (1 − σ) · 2 √(2/π) (1 + 0.134145 h²)    "gelu_tanh"
     dx = dhidden @ up        dup = dhiddenᵀ @ x        ddown = doutᵀ @ act
     dup_bias = Σ_tokens dhidden        ddown_bias = Σ_tokens dout
 
-For "gelu_tanh", `up_kernel` writes hidden and act behind its product, and `down_backward_kernel` writes act (again: it
-was not kept) and dhidden behind its own, so that hidden moves once in the forward and dact never. All other products,
-and the other activations, are torch's. dup_bias sums over each row of tiles, then over the rows: no atomics, the same
-bits every time.
+On Hopper, where the table says so, `up_kernel` writes hidden and act behind its product, and `down_backward_kernel`
+writes act (again: it was not kept) and dhidden behind its own (hopper_kernel.py), so that hidden moves once in the
+forward and dact never. All other products are torch's, and elsewhere the activations, too. dup_bias sums over each row
+of tiles, then over the rows: no atomics, the same bits every time.
 
 Hendrycks, Gimpel: Gaussian Error Linear Units (2016), arXiv 1606.08415; Shazeer: GLU Variants (2020), arXiv 2002.05202.
 T tokens, E model width, M MLP width, U hidden width: M, or 2M for "swiglu".
@@ -26,121 +26,41 @@ T tokens, E model width, M MLP width, U hidden width: M, or 2M for "swiglu".
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .._jit import architecture
-
-PARTS = tl.constexpr(4)  # of a tile's columns: an epilogue holds one of them in registers at a time
+from .._jit import architecture, gluon_is_supported
 
 
-@triton.jit
-def _gelu(h):
-    """(share, slope): f(h) = h · share, f'(h) = share + h · slope."""
-    share = 1 / (1 + tl.exp(-h * (1.5957691216057308 + 0.07135481627159436 * h * h)))
-    return share, share * (1 - share) * (1.5957691216057308 + 0.21406444881478308 * h * h)
-
-
-@triton.jit
-def _columns(tile):
-    """The PARTS of a tile's columns, from left to right."""
-    left, right = tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), [0, 2, 1]))
-    a, b = tl.split(tl.permute(tl.reshape(left, [left.shape[0], 2, left.shape[1] // 2]), [0, 2, 1]))
-    c, d = tl.split(tl.permute(tl.reshape(right, [right.shape[0], 2, right.shape[1] // 2]), [0, 2, 1]))
-    return a, b, c, d
-
-
-@triton.jit
-def up_kernel(
-    x_desc, up_desc, up_bias_ptr, hidden_desc, act_desc,
-    E: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """hidden (where there is a hidden_desc) and act of one tile."""
-    first_t = tl.program_id(0) // tl.cdiv(M, BLOCK_M) * BLOCK_T
-    first_m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M
-    acc = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
-    for first_e in range(0, E, BLOCK_E):
-        x = x_desc.load([first_t, first_e])  # [BLOCK_T, BLOCK_E]
-        acc = tl.dot(x, up_desc.load([first_m, first_e]).T, acc)
-
-    if up_bias_ptr is not None:
-        offs_m = first_m + tl.arange(0, BLOCK_M)
-        acc += tl.load(up_bias_ptr + offs_m, mask=offs_m < M, other=0.0).to(tl.float32)[None, :]
-    parts = _columns(acc)
-    for part in tl.static_range(PARTS):
-        m = first_m + part * (BLOCK_M // PARTS)
-        hidden = parts[part].to(act_desc.dtype)
-        if hidden_desc is not None:
-            hidden_desc.store([first_t, m], hidden)
-        h = hidden.to(tl.float32)
-        share, _ = _gelu(h)
-        act_desc.store([first_t, m], (h * share).to(act_desc.dtype))
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def down_backward_kernel(
-    dout_desc, down_desc, hidden_ptr, act_desc, dhidden_desc, dup_bias_ptr,
-    tokens, E: tl.constexpr, M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """act and dhidden of one tile, and dhidden's column sums."""
-    row = tl.program_id(0) // tl.cdiv(M, BLOCK_M)
-    first_t = row * BLOCK_T
-    first_m = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M
-    WIDTH: tl.constexpr = BLOCK_M // PARTS
-    offs_t = first_t + tl.arange(0, BLOCK_T)
-    hidden = ()
-    for part in tl.static_range(PARTS):  # loaded before the product, behind which it arrives
-        offs_m = first_m + part * WIDTH + tl.arange(0, WIDTH)
-        mask = (offs_t < tokens)[:, None] & (offs_m < M)[None, :]
-        offs = offs_t.to(tl.int64)[:, None] * M + offs_m[None, :]
-        hidden += (tl.load(hidden_ptr + offs, mask=mask, other=0.0),)  # [BLOCK_T, WIDTH]
-    dact = tl.zeros([BLOCK_T, BLOCK_M], tl.float32)
-    for first_e in range(0, E, BLOCK_E):
-        dact = tl.dot(dout_desc.load([first_t, first_e]), down_desc.load([first_e, first_m]), dact)
-
-    parts = _columns(dact)
-    for part in tl.static_range(PARTS):
-        m = first_m + part * WIDTH
-        h = hidden[part].to(tl.float32)
-        share, slope = _gelu(h)
-        dh = parts[part] * (share + h * slope)
-        act_desc.store([first_t, m], (h * share).to(act_desc.dtype))
-        dhidden_desc.store([first_t, m], dh.to(act_desc.dtype))
-        if dup_bias_ptr is not None:
-            offs_m = m + tl.arange(0, WIDTH)
-            tl.store(dup_bias_ptr + row.to(tl.int64) * M + offs_m, tl.sum(dh, 0), mask=offs_m < M)
-
-
-def choose_config(arch: int) -> dict[str, int] | None:
+def choose_config(arch: int, activation: str, dtype: torch.dtype) -> dict[str, int] | None:
     """Launch choice of both kernels; None where torch's products and passes for the activation are taken.
 
+    up_chunk, down_chunk: rows that the activation's warpgroup takes at a time. down_ahead: so many chunks of hidden are
+    under way to it.
+
     H100, bfloat16, "gelu_tanh", µs for B/16, L/16, So400m (65,536 × 768 × 3072, 32,768 × 1024 × 4096, 33,024 × 1152 ×
-    4304) against torch's product and its passes: hidden and act 700, 563, 652 (706, 596, 718); act alone 638 (706);
-    act and dhidden 870, 713, 816 (1192, 928, 1047). Of 24 and 16 launches; with 8 warps a program and larger tiles both
-    are slower, and so is the second that loads hidden behind its product: 1055, 797, 992. The products alone take 439
-    to 573: these kernels run at 350 to 510 TFLOP/s, where cuBLAS's run at 540 to 700. Elsewhere not measured.
+    4304); torch's product alone; it and its passes:
+
+        hidden and act     482, 414, 488    with a bias 490, 415, 501    434, 440, 517     706, 596, 718
+        act and dhidden    632, 462, 561    with a bias 661, 522, 571    447, 451, 528    1192, 928, 1047
+
+    Without activation and stores both take 388 and 379 for B/16, 800 TFLOP/s; what is moved between the L2 cache and
+    the multiprocessors, 3.6 GB of blocks and 0.8 to 1.2 of the rest, sets their pace. Slower for B/16: blocks of 32
+    instead of 64 in six stages, 528 and 633 or more; the product of a step still under way in the next, 496 and 646;
+    chunks of 8 rows, 484 and 734; hidden brought into the L2 cache a tile ahead, 689; chunks of 32 rows spill in the
+    second. "gelu" is untimed, "swiglu" and float16 untried. Elsewhere not measured.
     """
-    if arch != 90:
+    if arch != 90 or activation == "swiglu" or dtype != torch.bfloat16:
         return None
-    return {"BLOCK_T": 128, "BLOCK_M": 128, "BLOCK_E": 64, "num_warps": 4, "num_stages": 3}
+    return {"up_chunk": 16, "down_chunk": 16, "down_ahead": 1}
 
 
 def fused_config(x_TE: Tensor, mlp_width: int, activation: str) -> dict[str, int] | None:
-    """The launch choice, or None where torch does it: other activations, float32, rows that are not 16-byte aligned."""
+    """The launch choice, or None where torch does it: on CPU, in float32, where rows are not 16-byte aligned."""
     fits = x_TE.itemsize == 2 and x_TE.shape[1] % 8 == 0 and mlp_width % 8 == 0 and x_TE.numel() > 0
-    if not fits or activation != "gelu_tanh":
+    if not fits or not gluon_is_supported():
         return None
-    return choose_config(90 if x_TE.device.type == "cpu" else architecture(x_TE.device))  # interpreted: Hopper's path
-
-
-def _blocks(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """What a kernel loads and stores blocks of a matrix through."""
-    if not tensor.is_contiguous() or tensor.data_ptr() % 16:
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return TensorDescriptor.from_tensor(tensor, [rows, columns])
+    return choose_config(architecture(x_TE.device), activation, x_TE.dtype)
 
 
 def _activate_torch(hidden_TU: Tensor, activation: str) -> Tensor:
@@ -168,21 +88,18 @@ def feed_forward(
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return out and hidden (empty unless kept)."""
-    (tokens, width), (_, mlp_width) = x_TE.shape, down_EM.shape
+    tokens, mlp_width = len(x_TE), down_EM.shape[1]
     config = fused_config(x_TE, mlp_width, activation)
     if config is None:
         hidden_TU = linear(x_TE, up_UE, up_bias_U)
         act_TM = _activate_torch(hidden_TU, activation)
     else:
-        block_t, block_m, block_e = config["BLOCK_T"], config["BLOCK_M"], config["BLOCK_E"]
-        hidden_TU = x_TE.new_empty(tokens, mlp_width) if keep_hidden else None
+        from . import hopper_kernel
+
+        hidden_TU = x_TE.new_empty(tokens if keep_hidden else 0, len(up_UE))
         act_TM = x_TE.new_empty(tokens, mlp_width)
-        up_kernel[(triton.cdiv(tokens, block_t) * triton.cdiv(mlp_width, block_m),)](
-            _blocks(x_TE, block_t, block_e), _blocks(up_UE, block_m, block_e), up_bias_U,
-            None if hidden_TU is None else _blocks(hidden_TU, block_t, block_m // PARTS.value),
-            _blocks(act_TM, block_t, block_m // PARTS.value),
-            width, mlp_width, **config,
-        )  # fmt: skip
+        kept_TU = hidden_TU if keep_hidden else None
+        hopper_kernel.up(x_TE, up_UE, up_bias_U, kept_TU, act_TM, activation, config["up_chunk"])
     out_TE = linear(act_TM, down_EM, down_bias_E)
     return out_TE, hidden_TU if keep_hidden else x_TE.new_empty(0, len(up_UE))
 
@@ -200,7 +117,7 @@ def feed_forward_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return dx, dup, ddown, and in float32 dup_bias and ddown_bias; empty what is not wanted or has no bias. An empty
     hidden is computed again."""
-    (tokens, width), (_, mlp_width) = x_TE.shape, down_EM.shape
+    tokens, mlp_width = len(x_TE), down_EM.shape[1]
     if len(hidden_TU) < tokens:
         hidden_TU = linear(x_TE, up_UE, up_bias_U)
     bias_grad = weight_grads and up_bias_U is not None
@@ -210,14 +127,14 @@ def feed_forward_backward(
         dhidden_TU = _activate_backward_torch(dout_TE @ down_EM, hidden_TU, activation)
         partial_GU = dhidden_TU if bias_grad else None
     else:
-        block_t, block_m, block_e = config["BLOCK_T"], config["BLOCK_M"], config["BLOCK_E"]
-        rows = triton.cdiv(tokens, block_t)
-        act_TM, dhidden_TU = x_TE.new_empty(tokens, mlp_width), torch.empty_like(hidden_TU)
+        from . import hopper_kernel
+
+        act_TM, dhidden_TU = x_TE.new_empty(tokens, mlp_width), x_TE.new_empty(tokens, len(up_UE))
+        rows = hopper_kernel.tile_rows(tokens)
         partial_GU = x_TE.new_empty(rows, len(up_UE), dtype=torch.float32) if bias_grad else None
-        down_backward_kernel[(rows * triton.cdiv(mlp_width, block_m),)](
-            _blocks(dout_TE, block_t, block_e), _blocks(down_EM, block_e, block_m), hidden_TU.contiguous(),
-            *(_blocks(tensor, block_t, block_m // PARTS.value) for tensor in (act_TM, dhidden_TU)), partial_GU,
-            tokens, width, mlp_width, **config,
+        hopper_kernel.down_backward(
+            dout_TE, down_EM, hidden_TU.contiguous(), act_TM, dhidden_TU, partial_GU, activation, config["down_chunk"],
+            config["down_ahead"],
         )  # fmt: skip
     ddown_EM = dout_TE.T @ act_TM if weight_grads else x_TE.new_empty(0)
     del act_TM  # frees what the next products write

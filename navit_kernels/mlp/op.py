@@ -41,8 +41,8 @@ def feed_forward(
     recompute: keep only x for the backward, which then multiplies x and up again: T · U values less for one product
         more. Otherwise the product x · upᵀ is kept too, never its activation. The reference keeps what autograd keeps.
     backend: "auto" runs the reference on CPU tensors, the registered op on CUDA tensors. That takes torch's products
-        and activations; for "gelu_tanh" in 16 bits on Hopper, E and M multiples of 8, two of the products are kernels
-        that have the activation behind them.
+        and activations; for GELU in bfloat16 on Hopper, E and M multiples of 8, two of the products are kernels that
+        have the activation behind them.
 
     Returns (T, E) in x's dtype. A token's result depends on that token alone, up to what torch's products do.
     """

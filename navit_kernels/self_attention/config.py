@@ -19,7 +19,7 @@ LARGE_SHARED = (80, 90, 100)  # architectures with the shared memory that the me
 class Launch:
     """One kernel's compile-time choices. block_m: query rows; block_n: key rows; stages: of the loop's loads."""
 
-    kernel: str  # "tile", "stream", "hopper_tile", "hopper_stream", or in a backward "resident"
+    kernel: str  # "tile", "stream", "hopper_tile", "hopper_stream", or in a backward "resident" or "hopper_resident"
     block_m: int
     block_n: int
     warps: int
@@ -78,7 +78,9 @@ def choose_config(
         forward = HOPPER_FORWARD[row]
         config = replace(config, forward=forward, normalize_keys=forward.kernel == "hopper_tile")
     if gluon and gluon_backward is not False and row in HOPPER_BACKWARD:
-        config = replace(config, backward=HOPPER_BACKWARD[row], queries=HOPPER_QUERIES.get(row))
+        backward = HOPPER_BACKWARD[row]
+        if backward.kernel != "hopper_stream" or head_dim == 64:  # the stream has run at no other width yet
+            config = replace(config, backward=backward, queries=None)
     return config
 
 
@@ -176,8 +178,8 @@ WIDE = (  # from 88 to 128, measured at 128 with 8 heads
 # Of hopper_stream the warps are those that multiply, the registers every warp's at first, the times key_sizes' too.
 HOPPER_FORWARD = {
     (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, measured="U64 152 with a running maximum; portable 189"),
-    (0, 2): Launch("hopper_tile", 128, 64, 4, 1, 128, 256, measured="U128 184; capped at 168 188, portable 221"),
-    (0, 3): Launch("hopper_tile", 256, 64, 4, 1, 168, 256, measured="U256 229; running maximum 242, portable 383"),
+    (0, 2): Launch("hopper_tile", 128, 64, 4, 1, 168, 192, measured="U128 188; capped at 128 184 or 202, portable 221"),
+    (0, 3): Launch("hopper_tile", 256, 64, 4, 1, 168, 320, measured="U256 229; running maximum 242, portable 383"),
     (1, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U64 183 with a running maximum; portable 278"),
     (1, 2): Launch("hopper_tile", 128, 64, 4, 1, 168, 512, measured="U128 243; running maximum 254, portable 488"),
     (1, 3): Launch("hopper_tile", 256, 64, 4, 1, spills=256, measured="U256 329; running maximum 342, portable 501"),
@@ -191,16 +193,19 @@ HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (0, 0): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U32 488, on the pt mix 31; portable 495, 54"),
     (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U64 325; uncapped 337, portable 507"),
     (0, 2): Launch("hopper_tile", 128, 128, 4, 1, None, 320, measured="U128 367; 8 warps 547, portable 852"),
+    (0, 3): Launch("hopper_resident", 256, 64, 4, 1, spills=64, measured="U256 646, pt mix 479; portable 1003, 839"),
     (1, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 423; portable 875"),
     (1, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=64, measured="U128 646; 4 warps 681, portable 1141"),
+    (1, 3): Launch("hopper_resident", 256, 64, 4, 1, spills=256, measured="U256 926, pt mix 682; portable 1701, 1414"),
     (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 356; portable 624"),
     (2, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=256, measured="U128 437; portable 899"),
-    (0, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=64, measured="ft 688, U4096 3377; portable 946, 4134"),
-    (1, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192),
-    (2, 4): Launch("hopper_stream", 64, 64, 4, 3, spills=64),
-}
-HOPPER_QUERIES = {  # of the streams above
-    (0, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=192),
-    (1, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=192),
-    (2, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192),
+    (0, 4): Launch(
+        "hopper_stream",
+        64,
+        64,
+        4,
+        4,
+        spills=128,
+        measured="ft 688 + 661, U1024 897 + 830, U4096 3377 + 3048; portable 946 + 785, 1187 + 925, 4134 + 3045",
+    ),
 }

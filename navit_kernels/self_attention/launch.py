@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .._jit import architecture, launch_kernel
+from .._jit import architecture, gluon_is_supported, launch_kernel
 from ..head_norm import NORM_CODES
 from ..plan import CLASS_LIMITS, CLASSES, ITEM_FIELDS, TILE, check_plan_tokens, max_items
 from . import kernel, kernel_backward
@@ -31,12 +31,6 @@ class Norms:
     k_kind: int
     k_weight: Tensor | None
     k_eps: float
-
-
-@functools.cache
-def gluon_is_supported() -> bool:
-    """Gluon is experimental: its names move between releases. These are tested."""
-    return (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
 
 
 def tma_reaches(*tensors: Tensor) -> bool:
@@ -276,6 +270,14 @@ def backward(
                 use_lse=config.forward.kernel != "stream",  # whose scores are these, to the bit; a stream's K is raw
             )  # fmt: skip
             continue
+        if launch.kernel == "hopper_resident":
+            from . import hopper_backward_resident
+
+            hopper_backward_resident.backward_resident(
+                call, index, dout, out, lse, dq, dk, dv, partials, splits, weight_grads, block=launch.block_m,
+                use_lse=config.forward.kernel != "stream" or config.normalize_keys, registers=launch.registers,
+            )  # fmt: skip
+            continue
         base = dict(**call.shape, **call.work(index), **compile_options(launch))
         if launch.kernel in ("tile", "resident"):
             common = dict(
@@ -319,8 +321,8 @@ def backward(
             from . import hopper_backward
 
             hopper_backward.backward_stream(
-                call, index, dout, dq, dk, dv, row_numbers, sizes, partials, splits, weight_grads,
-                stages=(launch.stages, queries.stages),
+                call, index, dout, dq, dk, dv, r_or_any, row_numbers, sizes, partials, splits, weight_grads,
+                stages=launch.stages,
             )  # fmt: skip
             continue
         launch_kernel(

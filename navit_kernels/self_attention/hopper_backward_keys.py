@@ -1,0 +1,237 @@
+"""Hopper's backward of long segments: the programs that own keys; see hopper_backward.py."""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
+
+from .hopper_steps import PART, load_tile
+from .hopper_stream_steps import (
+    BLOCK,
+    GROUPS,
+    barriers,
+    left_operand,
+    load_parts,
+    narrow,
+    read_item,
+    start_adding,
+    start_scores,
+    store_parts,
+    tiles_of,
+    zeros,
+)
+from .hopper_tile_steps import affine_rows, column_parts, matrix, unit_rows_backward, widen, write
+from .steps import NONE
+
+
+@gluon.jit
+def finish(first, second, held, LATER: gl.constexpr):
+    """Two products, and what they or the next ones read, once at most LATER others are under way."""
+    if len(first) == 1:
+        x, y, held = warpgroup_mma_wait(LATER, deps=[first[0], second[0], held])
+        return (x,), (y,), held
+    else:
+        x_1, x_2, y_1, y_2, held = warpgroup_mma_wait(LATER, deps=[first[0], first[1], second[0], second[1], held])
+        return (x_1, x_2), (y_1, y_2), held
+
+
+@gluon.jit
+def widen_operand(x, layouts):
+    """A left operand in float32, where the accumulators have it."""
+    first = widen(gl.convert_layout(x[0], layouts[0]))
+    if len(x) == 1:
+        return (first,)
+    else:
+        return (first, widen(gl.convert_layout(x[1], layouts[1])))
+
+
+@gluon.jit
+def keys_loader(
+    k_in, v_in, u_in, dout_in, rows_in, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles, u_tiles,
+    dout_tiles, lse_tiles, delta_tiles, own_full, own_empty, full, empty, H: gl.constexpr, D2: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    BYTES: gl.constexpr = 2 * BLOCK * (PART + D2) * 2
+    TILE_ROWS: gl.constexpr = BLOCK * GROUPS
+    step = 0
+    turn = 0
+    for w in range(gl.program_id(0), work, gl.num_programs(0)):
+        item = w // H
+        h = w % H
+        q_start, q_length, k_start, k_length, tile = read_item(items_ptr, first_item + item, tokens, tokens_k)
+        if tile * TILE_ROWS < k_length:
+            for g in gl.static_range(GROUPS):
+                row = tile * TILE_ROWS + g * BLOCK
+                mbarrier.wait(own_empty.index(g), (turn & 1) ^ 1)
+                mbarrier.expect(own_full.index(g), BYTES)
+                load_parts(k_in, k_tiles, g, own_full.index(g), k_start, k_length, row, h)
+                load_parts(v_in, v_tiles, g, own_full.index(g), k_start, k_length, row, h)
+            turn += 1
+            first_rows = (item - tile) * H + h  # of the segment's first item
+            for j in range(gl.maximum(gl.cdiv(q_length, BLOCK), 1)):
+                s = step % STAGES
+                at = ((first_rows + j // GROUPS * H) * GROUPS + j % GROUPS) * 2 * BLOCK
+                mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
+                mbarrier.expect(full.index(s), BYTES + 2 * BLOCK * 4)
+                load_parts(u_in, u_tiles, s, full.index(s), q_start, q_length, j * BLOCK, h)
+                load_tile(rows_in, [at], full.index(s), lse_tiles.index(s))
+                load_parts(dout_in, dout_tiles, s, full.index(s), q_start, q_length, j * BLOCK, h)
+                load_tile(rows_in, [at + BLOCK], full.index(s), delta_tiles.index(s))
+                step += 1
+
+
+@gluon.jit
+def keys_owner(
+    GROUP: gl.constexpr, dk_out, dv_out, r_ptr, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles,
+    u_tiles, dout_tiles, lse_tiles, delta_tiles, out_tiles, own_full, own_empty, full, empty, score_scale, key_factor,
+    k_eps, H: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, K_NORM: gl.constexpr, FOLD: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    TILE_ROWS: gl.constexpr = BLOCK * GROUPS
+    PARTS: gl.constexpr = 2 if D2 else 1
+    DTYPE: gl.constexpr = k_tiles[0].dtype
+    mma_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
+    mma_2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2 or 16, 16])
+    layouts: gl.constexpr = (mma_1, mma_2)
+    left: gl.constexpr = gl.DotOperandLayout(0, mma_1, 2)
+    of_row: gl.constexpr = gl.SliceLayout(1, mma_1)
+    of_col: gl.constexpr = gl.SliceLayout(0, mma_1)
+    zero = gl.zeros([BLOCK, BLOCK], gl.float32, mma_1)
+    step = 0
+    turn = 0
+    for w in range(gl.program_id(0), work, gl.num_programs(0)):
+        item = w // H
+        h = w % H
+        _, q_length, k_start, k_length, tile = read_item(items_ptr, first_item + item, tokens, tokens_k)
+        if tile * TILE_ROWS < k_length:
+            row = tile * TILE_ROWS + GROUP * BLOCK
+            blocks = gl.maximum(gl.cdiv(q_length, BLOCK), 1)
+            rows = row + gl.arange(0, BLOCK, of_row)
+            if K_NORM != NONE:
+                pairs = r_ptr + (h.to(gl.int64) * tokens_k + k_start + rows) * 2
+                r = gl.load(pairs, mask=rows < k_length, other=0.0)
+                mean = gl.load(pairs + 1, mask=rows < k_length, other=0.0)
+                scale = r
+            else:
+                r = gl.full([BLOCK], 1.0, gl.float32, of_row)
+                mean = gl.zeros_like(r)
+                scale = r
+            if not FOLD:
+                scale = scale * score_scale
+            mbarrier.wait(own_full.index(GROUP), turn & 1)
+            k = left_operand(matrix(k_tiles, GROUP, BLOCK, D2), layouts)
+            v = left_operand(matrix(v_tiles, GROUP, BLOCK, D2), layouts)
+            mbarrier.arrive(own_empty.index(GROUP), count=1)
+            turn += 1
+            dv = zeros(layouts, D2)
+            a = zeros(layouts, D2)
+
+            s = step % STAGES
+            phase = (step // STAGES) & 1
+            u = matrix(u_tiles, s, BLOCK, D2)
+            dout = matrix(dout_tiles, s, BLOCK, D2)
+            mbarrier.wait(full.index(s), phase)
+            s_now = start_scores(k, u, zero)
+            dp_now = start_scores(v, dout, zero)
+            lse = lse_tiles.index(s).load(of_col)
+            s_now = warpgroup_mma_wait(PARTS, deps=[s_now])
+            p_32 = gl.exp2(s_now * scale[:, None] - lse[None, :])
+            p = narrow(p_32, DTYPE, left)
+            delta = delta_tiles.index(s).load(of_col)
+            dp_now = warpgroup_mma_wait(0, deps=[dp_now])
+            g = narrow(p_32 * (dp_now - delta[None, :]), DTYPE, left)
+            for _ in range(1, blocks):
+                s_old = s
+                u_old = u
+                dout_old = dout
+                step += 1
+                s = step % STAGES
+                phase = (step // STAGES) & 1
+                u = matrix(u_tiles, s, BLOCK, D2)
+                dout = matrix(dout_tiles, s, BLOCK, D2)
+                mbarrier.wait(full.index(s), phase)
+                s_now = start_scores(k, u, zero)
+                dp_now = start_scores(v, dout, zero)
+                dv_now = start_adding(p, dout_old, dv)
+                a_now = start_adding(g, u_old, a)
+                lse = lse_tiles.index(s).load(of_col)
+                s_now = warpgroup_mma_wait(3 * PARTS, deps=[s_now])
+                p_32 = gl.exp2(s_now * scale[:, None] - lse[None, :])
+                p_new = narrow(p_32, DTYPE, left)
+                delta = delta_tiles.index(s).load(of_col)
+                # p_32 is a dep of the wait, and a wait for what has long come stands before it: the compiler moves
+                # the softmax over neither
+                mbarrier.wait(full.index(s), phase)
+                dp_now, p_32 = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p_32])
+                g_new = narrow(p_32 * (dp_now - delta[None, :]), DTYPE, left)
+                mbarrier.wait(full.index(s), phase)
+                dv, a, g_new = finish(dv_now, a_now, g_new, 0)
+                mbarrier.arrive(empty.index(s_old), count=1)
+                p = p_new
+                g = g_new
+            dv_now = start_adding(p, dout, dv)
+            a_now = start_adding(g, u, a)
+            dv, a, g = finish(dv_now, a_now, g, 0)
+            mbarrier.arrive(empty.index(s), count=1)
+            step += 1
+
+            tma.store_wait(0)
+            write(matrix(out_tiles, GROUP * 2, BLOCK, D2), dv)
+            store_parts(dv_out, out_tiles, GROUP * 2, k_start, k_length, row, h)
+            k_hat = widen_operand(k, layouts)
+            if K_NORM != NONE:
+                k_hat = affine_rows(k_hat, r, -mean * r, D)
+            write(
+                matrix(out_tiles, GROUP * 2 + 1, BLOCK, D2),
+                unit_rows_backward(a, k_hat, r, key_factor, k_eps, K_NORM, D),
+            )
+            store_parts(dk_out, out_tiles, GROUP * 2 + 1, k_start, k_length, row, h)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k"])
+def hopper_keys(
+    k_1, v_1, u_1, dout_1, dk_1, dv_1, k_2, v_2, u_2, dout_2, dk_2, dv_2, rows_in, r_ptr, items_ptr, offsets_ptr,
+    first_item, items, tokens, tokens_k, score_scale, key_factor, k_eps, H: gl.constexpr, D: gl.constexpr,
+    D2: gl.constexpr, K_NORM: gl.constexpr, FOLD: gl.constexpr, CLASS: gl.constexpr, ON_DEVICE: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    if ON_DEVICE:
+        first_item = gl.load(offsets_ptr + CLASS)
+        items = gl.load(offsets_ptr + CLASS + 1) - first_item
+    work = items * H
+    k_tiles = tiles_of(k_1, k_2, GROUPS, D2)
+    v_tiles = tiles_of(k_1, k_2, GROUPS, D2)
+    out_tiles = tiles_of(k_1, k_2, 2 * GROUPS, D2)
+    u_tiles = tiles_of(k_1, k_2, STAGES, D2)
+    dout_tiles = tiles_of(k_1, k_2, STAGES, D2)
+    lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], rows_in.layout)
+    delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], rows_in.layout)
+    own_full, own_empty = barriers(GROUPS, 1), barriers(GROUPS, 1)
+    full, empty = barriers(STAGES, 1), barriers(STAGES, GROUPS)
+    fence_async_shared()
+    k_in, v_in = column_parts(k_1, k_2, D2), column_parts(v_1, v_2, D2)
+    u_in, dout_in = column_parts(u_1, u_2, D2), column_parts(dout_1, dout_2, D2)
+    dk_out, dv_out = column_parts(dk_1, dk_2, D2), column_parts(dv_1, dv_2, D2)
+    # the tuples stand in the call: held in a variable, one would turn its constexprs into tensors
+    gl.warp_specialize(
+        [
+            (keys_owner, (
+                0, dk_out, dv_out, r_ptr, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles, u_tiles,
+                dout_tiles, lse_tiles, delta_tiles, out_tiles, own_full, own_empty, full, empty, score_scale,
+                key_factor, k_eps, H, D, D2, K_NORM, FOLD, STAGES,
+            )),
+            (keys_owner, (
+                1, dk_out, dv_out, r_ptr, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles, u_tiles,
+                dout_tiles, lse_tiles, delta_tiles, out_tiles, own_full, own_empty, full, empty, score_scale,
+                key_factor, k_eps, H, D, D2, K_NORM, FOLD, STAGES,
+            )),
+            (keys_loader, (
+                k_in, v_in, u_in, dout_in, rows_in, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles,
+                u_tiles, dout_tiles, lse_tiles, delta_tiles, own_full, own_empty, full, empty, H, D2, STAGES,
+            )),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip

@@ -1,0 +1,270 @@
+"""Hopper's backward of long segments: the programs that own queries; see hopper_backward.py."""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
+
+from .hopper_steps import PART, load_tile
+from .hopper_stream_steps import (
+    BLOCK,
+    GROUPS,
+    barriers,
+    left_operand,
+    load_parts,
+    narrow,
+    read_item,
+    start_adding,
+    start_scores,
+    store_parts,
+    tiles_of,
+    zeros,
+)
+from .hopper_tile_steps import (
+    affine_rows,
+    column_parts,
+    load_vector,
+    matrix,
+    multiply,
+    read,
+    row_statistics,
+    row_sum,
+    scale_all,
+    scale_columns,
+    store_column_sums,
+    unit_rows_backward,
+    wait_for,
+    write,
+)
+from .steps import LAYER_NORM, NONE
+
+
+@gluon.jit
+def queries_loader(
+    k_in, v_in, u_in, dout_in, q_in, sizes_in, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles,
+    size_tiles, u_tiles, dout_tiles, q_tiles, own_full, own_empty, q_full, q_empty, full, empty, H: gl.constexpr,
+    D2: gl.constexpr, K_NORM: gl.constexpr, NEEDS_Q: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    BYTES: gl.constexpr = 2 * BLOCK * (PART + D2) * 2
+    SIZE_BYTES: gl.constexpr = BLOCK * 4 if K_NORM != NONE else 0
+    TILE_ROWS: gl.constexpr = BLOCK * GROUPS
+    step = 0
+    turn = 0
+    for w in range(gl.program_id(0), work, gl.num_programs(0)):
+        item = w // H
+        h = w % H
+        q_start, q_length, k_start, k_length, tile = read_item(items_ptr, first_item + item, tokens, tokens_k)
+        if tile * TILE_ROWS < q_length:
+            for g in gl.static_range(GROUPS):
+                row = tile * TILE_ROWS + g * BLOCK
+                mbarrier.wait(own_empty.index(g), (turn & 1) ^ 1)
+                mbarrier.expect(own_full.index(g), BYTES)
+                load_parts(u_in, u_tiles, g, own_full.index(g), q_start, q_length, row, h)
+                load_parts(dout_in, dout_tiles, g, own_full.index(g), q_start, q_length, row, h)
+            first_sizes = (item - tile) * H + h
+            blocks = gl.maximum(gl.cdiv(k_length, BLOCK), 1)
+            for j in range(blocks):
+                block = gl.where(j == 0, blocks, j) - 1
+                s = step % STAGES
+                mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
+                mbarrier.expect(full.index(s), BYTES + SIZE_BYTES)
+                load_parts(k_in, k_tiles, s, full.index(s), k_start, k_length, block * BLOCK, h)
+                if K_NORM != NONE:
+                    at = ((first_sizes + block // GROUPS * H) * GROUPS + block % GROUPS) * BLOCK
+                    load_tile(sizes_in, [at], full.index(s), size_tiles.index(s))
+                load_parts(v_in, v_tiles, s, full.index(s), k_start, k_length, block * BLOCK, h)
+                step += 1
+            if NEEDS_Q:
+                for g in gl.static_range(GROUPS):
+                    row = tile * TILE_ROWS + g * BLOCK
+                    mbarrier.wait(q_empty.index(g), (turn & 1) ^ 1)
+                    mbarrier.expect(q_full.index(g), BYTES // 2)
+                    load_parts(q_in, q_tiles, g, q_full.index(g), q_start, q_length, row, h)
+            turn += 1
+
+
+@gluon.jit
+def queries_owner(
+    GROUP: gl.constexpr, dq_out, rows_ptr, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item,
+    work, tokens, tokens_k, k_tiles, v_tiles, size_tiles, u_tiles, dout_tiles, q_tiles, out_tiles, scratch, own_full,
+    own_empty, q_full, q_empty, full, empty, score_scale, softmax_scale, q_eps, q_weight_stride: gl.constexpr,
+    q_bias_stride: gl.constexpr, k_weight_stride: gl.constexpr, H: gl.constexpr, D: gl.constexpr, D2: gl.constexpr,
+    Q_NORM: gl.constexpr, K_NORM: gl.constexpr, Q_WEIGHT: gl.constexpr, Q_BIAS: gl.constexpr, K_WEIGHT: gl.constexpr,
+    FOLD: gl.constexpr, WEIGHT_GRADS: gl.constexpr, NEEDS_Q: gl.constexpr, SPLITS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    TILE_ROWS: gl.constexpr = BLOCK * GROUPS
+    PARTS: gl.constexpr = 2 if D2 else 1
+    DTYPE: gl.constexpr = k_tiles[0].dtype
+    GAIN: gl.constexpr = Q_WEIGHT or K_WEIGHT
+    mma_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
+    mma_2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2 or 16, 16])
+    layouts: gl.constexpr = (mma_1, mma_2)
+    left: gl.constexpr = gl.DotOperandLayout(0, mma_1, 2)
+    of_row: gl.constexpr = gl.SliceLayout(1, mma_1)
+    of_col: gl.constexpr = gl.SliceLayout(0, mma_1)
+    zero = gl.zeros([BLOCK, BLOCK], gl.float32, mma_1)
+    step = 0
+    turn = 0
+    for w in range(gl.program_id(0), work, gl.num_programs(0)):
+        item = w // H
+        h = w % H
+        q_start, q_length, _, k_length, tile = read_item(items_ptr, first_item + item, tokens, tokens_k)
+        if tile * TILE_ROWS < q_length:
+            row = tile * TILE_ROWS + GROUP * BLOCK
+            blocks = gl.maximum(gl.cdiv(k_length, BLOCK), 1)
+            numbers = rows_ptr + ((item * H + h) * GROUPS + GROUP).to(gl.int64) * (2 * BLOCK)
+            lse = gl.load(numbers + gl.arange(0, BLOCK, of_row))
+            delta = gl.load(numbers + BLOCK + gl.arange(0, BLOCK, of_row))
+            mbarrier.wait(own_full.index(GROUP), turn & 1)
+            u = left_operand(matrix(u_tiles, GROUP, BLOCK, D2), layouts)
+            dout = left_operand(matrix(dout_tiles, GROUP, BLOCK, D2), layouts)
+            mbarrier.arrive(own_empty.index(GROUP), count=1)
+            du = zeros(layouts, D2)
+
+            s = step % STAGES
+            phase = (step // STAGES) & 1
+            k = matrix(k_tiles, s, BLOCK, D2)
+            v = matrix(v_tiles, s, BLOCK, D2)
+            mbarrier.wait(full.index(s), phase)
+            s_now = start_scores(u, k, zero)
+            dp_now = start_scores(dout, v, zero)
+            inside = (blocks - 1) * BLOCK + gl.arange(0, BLOCK, of_col) < k_length
+            s_now = warpgroup_mma_wait(PARTS, deps=[s_now])
+            if K_NORM != NONE:
+                r = size_tiles.index(s).load(of_col)
+                s_now = s_now * r[None, :]
+            if not FOLD:
+                s_now = s_now * score_scale
+            p_32 = gl.where(inside[None, :], gl.exp2(s_now - lse[:, None]), 0.0)
+            dp_now = warpgroup_mma_wait(0, deps=[dp_now])
+            g_32 = p_32 * (dp_now - delta[:, None])
+            if K_NORM != NONE:
+                g_32 = g_32 * r[None, :]
+            g = narrow(g_32, DTYPE, left)
+            for _ in range(1, blocks):
+                s_old = s
+                k_old = k
+                step += 1
+                s = step % STAGES
+                phase = (step // STAGES) & 1
+                k = matrix(k_tiles, s, BLOCK, D2)
+                v = matrix(v_tiles, s, BLOCK, D2)
+                mbarrier.wait(full.index(s), phase)
+                s_now = start_scores(u, k, zero)
+                dp_now = start_scores(dout, v, zero)
+                du_now = start_adding(g, k_old, du)
+                s_now = warpgroup_mma_wait(2 * PARTS, deps=[s_now])
+                if K_NORM != NONE:
+                    r = size_tiles.index(s).load(of_col)
+                    s_now = s_now * r[None, :]
+                if not FOLD:
+                    s_now = s_now * score_scale
+                p_32 = gl.exp2(s_now - lse[:, None])
+                mbarrier.wait(full.index(s), phase)
+                dp_now, p_32 = warpgroup_mma_wait(PARTS, deps=[dp_now, p_32])
+                g_32 = p_32 * (dp_now - delta[:, None])
+                if K_NORM != NONE:
+                    g_32 = g_32 * r[None, :]
+                g_new = narrow(g_32, DTYPE, left)
+                mbarrier.wait(full.index(s), phase)
+                if D2 == 0:
+                    du_1, g_new = warpgroup_mma_wait(0, deps=[du_now[0], g_new])
+                    du = (du_1,)
+                else:
+                    du_1, du_2, g_new = warpgroup_mma_wait(0, deps=[du_now[0], du_now[1], g_new])
+                    du = (du_1, du_2)
+                mbarrier.arrive(empty.index(s_old), count=1)
+                g = g_new
+            du = wait_for(start_adding(g, k, du), 0)
+            mbarrier.arrive(empty.index(s), count=1)
+            step += 1
+
+            if K_NORM == LAYER_NORM:
+                one = gl.full([BLOCK], 1.0, gl.float32, of_row)
+                du = affine_rows(du, one, row_sum(du) * (-1.0 / D), D)
+            dq_hat = du
+            if GAIN:
+                k_weight = load_vector(k_weight_ptr + h * k_weight_stride, K_WEIGHT, 1.0, layouts, D, D2)
+                q_weight = load_vector(q_weight_ptr + h * q_weight_stride, Q_WEIGHT, 1.0, layouts, D, D2)
+                dq_hat = scale_columns(du, multiply(q_weight, k_weight))
+            tma.store_wait(0)
+            out = matrix(out_tiles, GROUP, BLOCK, D2)
+            if NEEDS_Q:
+                mbarrier.wait(q_full.index(GROUP), turn & 1)
+                q_hat = read(matrix(q_tiles, GROUP, BLOCK, D2), layouts)
+                mbarrier.arrive(q_empty.index(GROUP), count=1)
+                q_r, q_offset = row_statistics(q_hat, q_eps, Q_NORM, D)
+                if Q_NORM != NONE:
+                    q_hat = affine_rows(q_hat, q_r, q_offset, D)
+                write(out, unit_rows_backward(dq_hat, q_hat, q_r, softmax_scale, q_eps, Q_NORM, D))
+            else:
+                write(out, scale_all(dq_hat, softmax_scale))
+            store_parts(dq_out, out_tiles, GROUP, q_start, q_length, row, h)
+            if WEIGHT_GRADS:
+                partial = ((first_item + item) * SPLITS + GROUP).to(gl.int64)
+                base = partials_ptr + (partial * H + h) * (D * (1 + Q_BIAS))
+                memory = scratch.index(GROUP)
+                for c in gl.static_range(PARTS):
+                    store_column_sums(base + c * PART, du[c] * q_hat[c], softmax_scale, memory, D - c * PART, 4)
+                    if Q_BIAS:
+                        store_column_sums(base + D + c * PART, du[c], softmax_scale, memory, D - c * PART, 4)
+            turn += 1
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k"])
+def hopper_queries(
+    k_1, v_1, q_1, dout_1, dq_1, k_2, v_2, q_2, dout_2, dq_2, sizes_in, rows_ptr, partials_ptr, q_weight_ptr,
+    q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr, first_item, items, tokens, tokens_k,
+    q_weight_stride: gl.constexpr, q_bias_stride: gl.constexpr, k_weight_stride: gl.constexpr, score_scale,
+    softmax_scale, q_eps, H: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, Q_NORM: gl.constexpr,
+    K_NORM: gl.constexpr, Q_WEIGHT: gl.constexpr, Q_BIAS: gl.constexpr, K_WEIGHT: gl.constexpr, FOLD: gl.constexpr,
+    WEIGHT_GRADS: gl.constexpr, CLASS: gl.constexpr, ON_DEVICE: gl.constexpr, SPLITS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    NEEDS_Q: gl.constexpr = Q_NORM != NONE or WEIGHT_GRADS
+    if ON_DEVICE:
+        first_item = gl.load(offsets_ptr + CLASS)
+        items = gl.load(offsets_ptr + CLASS + 1) - first_item
+    work = items * H
+    u_tiles = tiles_of(k_1, k_2, GROUPS, D2)
+    dout_tiles = tiles_of(k_1, k_2, GROUPS, D2)
+    q_tiles = tiles_of(k_1, k_2, GROUPS, D2)
+    out_tiles = tiles_of(k_1, k_2, GROUPS, D2)
+    k_tiles = tiles_of(k_1, k_2, STAGES, D2)
+    v_tiles = tiles_of(k_1, k_2, STAGES, D2)
+    size_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], sizes_in.layout)
+    scratch = gl.allocate_shared_memory(gl.float32, [GROUPS, 4, PART], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    own_full, own_empty = barriers(GROUPS, 1), barriers(GROUPS, 1)
+    q_full, q_empty = barriers(GROUPS, 1), barriers(GROUPS, 1)
+    full, empty = barriers(STAGES, 1), barriers(STAGES, GROUPS)
+    fence_async_shared()
+    k_in, v_in = column_parts(k_1, k_2, D2), column_parts(v_1, v_2, D2)
+    q_in, dout_in = column_parts(q_1, q_2, D2), column_parts(dout_1, dout_2, D2)
+    dq = column_parts(dq_1, dq_2, D2)  # holds u at first
+    gl.warp_specialize(
+        [
+            (queries_owner, (
+                0, dq, rows_ptr, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item, work,
+                tokens, tokens_k, k_tiles, v_tiles, size_tiles, u_tiles, dout_tiles, q_tiles, out_tiles, scratch,
+                own_full, own_empty, q_full, q_empty, full, empty, score_scale, softmax_scale, q_eps, q_weight_stride,
+                q_bias_stride, k_weight_stride, H, D, D2, Q_NORM, K_NORM, Q_WEIGHT, Q_BIAS, K_WEIGHT, FOLD,
+                WEIGHT_GRADS, NEEDS_Q, SPLITS, STAGES,
+            )),
+            (queries_owner, (
+                1, dq, rows_ptr, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item, work,
+                tokens, tokens_k, k_tiles, v_tiles, size_tiles, u_tiles, dout_tiles, q_tiles, out_tiles, scratch,
+                own_full, own_empty, q_full, q_empty, full, empty, score_scale, softmax_scale, q_eps, q_weight_stride,
+                q_bias_stride, k_weight_stride, H, D, D2, Q_NORM, K_NORM, Q_WEIGHT, Q_BIAS, K_WEIGHT, FOLD,
+                WEIGHT_GRADS, NEEDS_Q, SPLITS, STAGES,
+            )),
+            (queries_loader, (
+                k_in, v_in, dq, dout_in, q_in, sizes_in, items_ptr, first_item, work, tokens, tokens_k, k_tiles,
+                v_tiles, size_tiles, u_tiles, dout_tiles, q_tiles, own_full, own_empty, q_full, q_empty, full, empty, H,
+                D2, K_NORM, NEEDS_Q, STAGES,
+            )),
+        ],
+        [4, 1],
+        [REGISTERS, 24],
+    )  # fmt: skip
