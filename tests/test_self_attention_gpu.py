@@ -35,7 +35,7 @@ from attention_checks import (
 from torch import Tensor
 
 from navit_kernels import PackPlan, plan_pack, varlen_attention, varlen_attention_qkvpacked
-from navit_kernels.testing import assert_error_within, cu_seqlens_of
+from navit_kernels.testing import assert_error_within, cu_seqlens_of, image_lengths
 
 pytestmark = pytest.mark.gpu
 
@@ -92,6 +92,30 @@ def test_gpu_results_repeat_bitwise(case: Case) -> None:
         for _ in range(3):
             other = torch.softmax(other @ other, -1)
         assert_same_bits(case.results(tensors), first)
+
+
+@alone_on_the_gpu
+@pytest.mark.parametrize("mix", ["U64", "U128", "pt", "ft", "hr"])
+@pytest.mark.parametrize(("heads", "width"), [(16, 64), (16, 72), (8, 128)])
+def test_gpu_packs_that_fill_the_gpu_repeat_bitwise_and_are_like_the_portable_kernels(
+    monkeypatch: pytest.MonkeyPatch, mix: str, heads: int, width: int
+) -> None:
+    """Programs side by side on every multiprocessor, one after another; the packs of other tests fill none."""
+    from navit_kernels.self_attention import launch
+
+    case = replace(MAIN, lengths=tuple(image_lengths(mix, 65536)), heads=heads, width=width)
+    tensors = case.inputs("cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "gluon_is_supported", lambda: False)
+        portable = case.results(tensors)
+    with poisoned_memory():
+        first = case.results(tensors)
+    for name, tensor in first.items():
+        difference = (tensor.float() - portable[name].float()).norm() / portable[name].float().norm().clamp(min=1e-6)
+        assert difference < 0.02, f"{name}: relative difference {difference:.2e}"  # NaN is not less
+    for _ in range(20):
+        with poisoned_memory():
+            assert_same_bits(case.results(tensors), first)
 
 
 @pytest.mark.parametrize(("case", "packs"), [(MAIN, 200), (replace(MAIN, width=72, dtype=FP16), 30)], ids=str)

@@ -1,7 +1,7 @@
 """Varlen attention, forward of short segments on Hopper, in Gluon. The maths stands in kernel.py.
 
 A program owns one head of a whole segment, as forward_tile does, and reads everything once: all keys and values lie in
-shared memory, query rows come in blocks. Rows come by TMA, the products are asynchronous, and two to five programs
+shared memory, query rows come in blocks. Rows come by TMA, the products are asynchronous, and two to three programs
 share a multiprocessor: one's products and loads run under another's softmax. K is normalized in place. A block of
 query rows is folded in registers and multiplied from there, so that the next block can be on its way at once:
 
@@ -338,6 +338,8 @@ def hopper_forward_tile(
     # a plan of other lengths must not lead outside the tensors
     q_length = gl.minimum(gl.load(base + 1), tokens - q_start)
     k_length = gl.minimum(gl.load(base + 3), tokens_k - k_start)
+    if q_length <= 0:
+        return  # nothing to write; and no program may end before the rows that it asked for are there
     mbarrier.expect(k_full, BLOCK * (PART + D2) * 2)
     load_rows(k_in, kv_tiles, 0, k_full, k_start, k_length, h)
     load_block(q_in, q_tiles, q_full, 0, q_start, q_length, h, ROWS, D2)
