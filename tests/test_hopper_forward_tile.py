@@ -4,6 +4,7 @@ asynchronous. What it computes is tested with varlen_attention's other kernels, 
 from __future__ import annotations
 
 import bisect
+import re
 from unittest import mock
 
 import pytest
@@ -73,6 +74,19 @@ def test_products_are_asynchronous(width: int) -> None:
     assert one.asm["ptx"].count("wgmma.mma_async") >= 2 * 4
     assert "HGMMA" in code
     assert code.count("WARPGROUP.DEPBAR") <= one.asm["ptx"].count("wgmma.wait_group")
+
+
+@pytest.mark.compile_only
+@pytest.mark.parametrize("case", [Case((100,), 16, 64, BF16), Case((256,), 16, 64, BF16)], ids=str)
+def test_no_barrier_lies_where_outputs_change_their_layout(case: Case) -> None:
+    """A live barrier's memory, written by a plain store, is undefined; the compiler reuses what it sees no use of."""
+    one = compile_forward(case)
+    ptx = one.asm["ptx"]
+    offsets = {name: int(offset) for name, offset in re.findall(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", ptx)}
+    barriers = [offsets[name] for name in re.findall(r"mbarrier\.init\.\S+ \[(%r\d+)\]", ptx)]
+    exchanges = [int(offset) for offset in re.findall(r"st\.shared\S*\s+\[%r\d+\+(\d+)\]", ptx)]
+    assert barriers == [one.shared - 24, one.shared - 16, one.shared - 8]
+    assert exchanges and max(exchanges) + 4 * 512 <= barriers[0]  # 512 bytes a warp
 
 
 @pytest.mark.compile_only

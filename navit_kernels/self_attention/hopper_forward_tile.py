@@ -324,9 +324,10 @@ def hopper_forward_tile(
     else:
         kv_tiles = (kv_1, gl.allocate_shared_memory(DTYPE, [2, 1, 1, 1, BLOCK, D2], k_2.layout))
         q_tiles = (q_tiles_1, gl.allocate_shared_memory(DTYPE, [1, 1, 1, 1, ROWS, D2], q_2.layout))
-    k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    # in one piece, which lives as long as the last of them: a barrier's memory must not serve as anything else, unless
+    # it is invalidated first, and what stores `out` would be given k_full's
+    barriers = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
+    k_full, v_full, q_full = barriers.index(0), barriers.index(1), barriers.index(2)
     mbarrier.init(k_full, count=1)
     mbarrier.init(v_full, count=1)
     mbarrier.init(q_full, count=1)
