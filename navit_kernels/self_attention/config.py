@@ -187,27 +187,25 @@ HOPPER_FORWARD = {
     (1, 3): Launch("hopper_tile", 256, 64, 4, 1, spills=256, measured="U256 329; running maximum 342, portable 501"),
     (2, 2): Launch("hopper_tile", 128, 64, 4, 1, spills=384, measured="U128 177 with a running maximum; portable 346"),
     (2, 3): Launch("hopper_tile", 256, 64, 8, 1, spills=512, measured="U256 264; running maximum 275, portable 464"),
-    (0, 4): Launch("hopper_stream", 128, 64, 4, 3, 128, 192, measured="ft 590, hr 1786; portable 750, 2334"),
-    (1, 4): Launch("hopper_stream", 128, 64, 4, 3, 128, 384, measured="ft 714; portable 996"),
+    (0, 4): Launch(
+        "hopper_stream", 128, 64, 4, 3, 128, 192, measured="ft 548, hr 1786, U4096 2159; portable 750, 2334, 2780"
+    ),
+    (1, 4): Launch("hopper_stream", 128, 64, 4, 3, 128, 384, measured="ft 669; portable 996"),
     (2, 4): Launch("hopper_stream", 128, 64, 8, 3, 168, 64, measured="ft 635; portable 779"),
 }
 HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (0, 0): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U32 488, on the pt mix 31; portable 495, 54"),
     (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U64 325; uncapped 337, portable 507"),
     (0, 2): Launch("hopper_tile", 128, 128, 4, 1, None, 320, measured="U128 367; 8 warps 547, portable 852"),
-    (0, 3): Launch("hopper_resident", 256, 64, 4, 1, spills=64, measured="U256 646, pt mix 479; portable 1003, 839"),
+    (0, 3): Launch("hopper_resident", 256, 64, 4, 1, spills=64, measured="U256 662, pt mix 490; portable 1105, 839"),
     (1, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 423; portable 875"),
     (1, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=64, measured="U128 646; 4 warps 681, portable 1141"),
-    (1, 3): Launch("hopper_resident", 256, 64, 4, 1, spills=256, measured="U256 926, pt mix 682; portable 1701, 1414"),
+    (1, 3): Launch(
+        "hopper_resident", 256, 64, 4, 1, spills=256, measured="on an H200 U256 926, pt mix 682; portable 1701, 1414"
+    ),
     (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 356; portable 624"),
     (2, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=256, measured="U128 437; portable 899"),
     (0, 4): Launch(
-        "hopper_stream",
-        64,
-        64,
-        4,
-        4,
-        spills=128,
-        measured="ft 688 + 661, U1024 897 + 830, U4096 3377 + 3048; portable 946 + 785, 1187 + 925, 4134 + 3045",
+        "hopper_stream", 64, 64, 4, 4, spills=128, measured="ft 671 + 655, U4096 3243 + 2927; portable ft 1731"
     ),
 }

@@ -27,23 +27,16 @@ T tokens, H heads, D head width.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .._jit import launch_kernel
+from .._jit import launch_kernel, multiprocessors
 from .hopper_backward_keys import hopper_keys
 from .hopper_backward_queries import hopper_queries
 from .hopper_steps import PART, parts, ragged, shared_layout
 from .hopper_stream_steps import BLOCK
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def numbers(x: Tensor) -> TensorDescriptor:

@@ -12,16 +12,23 @@ from .hopper_stream_steps import (
     GROUPS,
     barriers,
     left_operand,
-    load_parts,
     narrow,
     read_item,
-    start_adding,
-    start_scores,
-    store_parts,
     tiles_of,
     zeros,
 )
-from .hopper_tile_steps import affine_rows, column_parts, matrix, unit_rows_backward, widen, write
+from .hopper_tile_steps import (
+    affine_rows,
+    column_parts,
+    load_block,
+    matrix,
+    start_adding,
+    start_scores,
+    store_block,
+    unit_rows_backward,
+    widen,
+    write,
+)
 from .steps import NONE
 
 
@@ -65,8 +72,8 @@ def keys_loader(
                 row = tile * TILE_ROWS + g * BLOCK
                 mbarrier.wait(own_empty.index(g), (turn & 1) ^ 1)
                 mbarrier.expect(own_full.index(g), BYTES)
-                load_parts(k_in, k_tiles, g, own_full.index(g), k_start, k_length, row, h)
-                load_parts(v_in, v_tiles, g, own_full.index(g), k_start, k_length, row, h)
+                load_block(k_in, k_tiles, g, own_full.index(g), k_start, k_length, row, h)
+                load_block(v_in, v_tiles, g, own_full.index(g), k_start, k_length, row, h)
             turn += 1
             first_rows = (item - tile) * H + h  # of the segment's first item
             for j in range(gl.maximum(gl.cdiv(q_length, BLOCK), 1)):
@@ -74,9 +81,9 @@ def keys_loader(
                 at = ((first_rows + j // GROUPS * H) * GROUPS + j % GROUPS) * 2 * BLOCK
                 mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
                 mbarrier.expect(full.index(s), BYTES + 2 * BLOCK * 4)
-                load_parts(u_in, u_tiles, s, full.index(s), q_start, q_length, j * BLOCK, h)
+                load_block(u_in, u_tiles, s, full.index(s), q_start, q_length, j * BLOCK, h)
                 load_tile(rows_in, [at], full.index(s), lse_tiles.index(s))
-                load_parts(dout_in, dout_tiles, s, full.index(s), q_start, q_length, j * BLOCK, h)
+                load_block(dout_in, dout_tiles, s, full.index(s), q_start, q_length, j * BLOCK, h)
                 load_tile(rows_in, [at + BLOCK], full.index(s), delta_tiles.index(s))
                 step += 1
 
@@ -178,7 +185,7 @@ def keys_owner(
 
             tma.store_wait(0)
             write(matrix(out_tiles, GROUP * 2, BLOCK, D2), dv)
-            store_parts(dv_out, out_tiles, GROUP * 2, k_start, k_length, row, h)
+            store_block(dv_out, out_tiles, GROUP * 2, k_start, k_length, row, h)
             k_hat = widen_operand(k, layouts)
             if K_NORM != NONE:
                 k_hat = affine_rows(k_hat, r, -mean * r, D)
@@ -186,7 +193,7 @@ def keys_owner(
                 matrix(out_tiles, GROUP * 2 + 1, BLOCK, D2),
                 unit_rows_backward(a, k_hat, r, key_factor, k_eps, K_NORM, D),
             )
-            store_parts(dk_out, out_tiles, GROUP * 2 + 1, k_start, k_length, row, h)
+            store_block(dk_out, out_tiles, GROUP * 2 + 1, k_start, k_length, row, h)
     tma.store_wait(0)
 
 

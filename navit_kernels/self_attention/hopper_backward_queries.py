@@ -12,18 +12,15 @@ from .hopper_stream_steps import (
     GROUPS,
     barriers,
     left_operand,
-    load_parts,
     narrow,
     read_item,
-    start_adding,
-    start_scores,
-    store_parts,
     tiles_of,
     zeros,
 )
 from .hopper_tile_steps import (
     affine_rows,
     column_parts,
+    load_block,
     load_vector,
     matrix,
     multiply,
@@ -32,6 +29,9 @@ from .hopper_tile_steps import (
     row_sum,
     scale_all,
     scale_columns,
+    start_adding,
+    start_scores,
+    store_block,
     store_column_sums,
     unit_rows_backward,
     wait_for,
@@ -60,8 +60,8 @@ def queries_loader(
                 row = tile * TILE_ROWS + g * BLOCK
                 mbarrier.wait(own_empty.index(g), (turn & 1) ^ 1)
                 mbarrier.expect(own_full.index(g), BYTES)
-                load_parts(u_in, u_tiles, g, own_full.index(g), q_start, q_length, row, h)
-                load_parts(dout_in, dout_tiles, g, own_full.index(g), q_start, q_length, row, h)
+                load_block(u_in, u_tiles, g, own_full.index(g), q_start, q_length, row, h)
+                load_block(dout_in, dout_tiles, g, own_full.index(g), q_start, q_length, row, h)
             first_sizes = (item - tile) * H + h
             blocks = gl.maximum(gl.cdiv(k_length, BLOCK), 1)
             for j in range(blocks):
@@ -69,18 +69,18 @@ def queries_loader(
                 s = step % STAGES
                 mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
                 mbarrier.expect(full.index(s), BYTES + SIZE_BYTES)
-                load_parts(k_in, k_tiles, s, full.index(s), k_start, k_length, block * BLOCK, h)
+                load_block(k_in, k_tiles, s, full.index(s), k_start, k_length, block * BLOCK, h)
                 if K_NORM != NONE:
                     at = ((first_sizes + block // GROUPS * H) * GROUPS + block % GROUPS) * BLOCK
                     load_tile(sizes_in, [at], full.index(s), size_tiles.index(s))
-                load_parts(v_in, v_tiles, s, full.index(s), k_start, k_length, block * BLOCK, h)
+                load_block(v_in, v_tiles, s, full.index(s), k_start, k_length, block * BLOCK, h)
                 step += 1
             if NEEDS_Q:
                 for g in gl.static_range(GROUPS):
                     row = tile * TILE_ROWS + g * BLOCK
                     mbarrier.wait(q_empty.index(g), (turn & 1) ^ 1)
                     mbarrier.expect(q_full.index(g), BYTES // 2)
-                    load_parts(q_in, q_tiles, g, q_full.index(g), q_start, q_length, row, h)
+                    load_block(q_in, q_tiles, g, q_full.index(g), q_start, q_length, row, h)
             turn += 1
 
 
@@ -200,7 +200,7 @@ def queries_owner(
                 write(out, unit_rows_backward(dq_hat, q_hat, q_r, softmax_scale, q_eps, Q_NORM, D))
             else:
                 write(out, scale_all(dq_hat, softmax_scale))
-            store_parts(dq_out, out_tiles, GROUP, q_start, q_length, row, h)
+            store_block(dq_out, out_tiles, GROUP, q_start, q_length, row, h)
             if WEIGHT_GRADS:
                 partial = ((first_item + item) * SPLITS + GROUP).to(gl.int64)
                 base = partials_ptr + (partial * H + h) * (D * (1 + Q_BIAS))

@@ -38,15 +38,11 @@ from .hopper_resident_steps import (
     delta_rows,
     fold,
     from_operands,
-    load_block,
     load_raw,
     operand,
     operands,
     share_vector,
     shared_vector,
-    start_scores,
-    start_values,
-    store_block,
     store_sums,
     sums_by_thread,
     widen_all,
@@ -55,6 +51,7 @@ from .hopper_steps import PART, parts, ragged
 from .hopper_tile_steps import (
     affine_rows,
     column_parts,
+    load_block,
     load_vector,
     matrix,
     multiply,
@@ -62,6 +59,9 @@ from .hopper_tile_steps import (
     row_statistics,
     scale_all,
     scale_columns,
+    start_adding,
+    start_scores,
+    store_block,
     unit_rows_backward,
     widen,
     write,
@@ -270,7 +270,7 @@ def hopper_backward_resident(
                 dp, p = warpgroup_mma_wait(0, deps=[dp, p])
                 s_next = start_scores(u, matrix(resident, j + 1, ROWS, D2), zero_s)
                 g = operand(p * (dp - delta[:, None]), DTYPE, left)
-                dq = start_values(g, matrix(resident, j, ROWS, D2), dq)
+                dq = start_adding(g, matrix(resident, j, ROWS, D2), dq)
                 if D2 == 0:
                     first, s = warpgroup_mma_wait(0, deps=[dq[0], s_next])
                     dq = (first,)
@@ -286,7 +286,7 @@ def hopper_backward_resident(
             mbarrier.wait(keys_full.index(0), 0)
             dp, p = warpgroup_mma_wait(0, deps=[dp, p])
             g = operand(p * (dp - delta[:, None]), DTYPE, left)
-            dq = start_values(g, matrix(resident, j, ROWS, D2), dq)
+            dq = start_adding(g, matrix(resident, j, ROWS, D2), dq)
             if D2 == 0:
                 dq = (warpgroup_mma_wait(0, deps=[dq[0]]),)
             else:
@@ -378,13 +378,13 @@ def hopper_backward_resident(
                     s = s * score_scale
                 lse = lse_mem.index(i).load(col_s)
                 p = operand(gl.exp2(s - lse[None, :]), DTYPE, left)
-                dv = start_values(p, do_mem, dv)
+                dv = start_adding(p, do_mem, dv)
                 s_next = start_scores(k, matrix(resident, i + 1, ROWS, D2), zero_s)
                 delta = delta_mem.index(i).load(col_s)
                 dp = warpgroup_mma_wait(2 * PARTS, deps=[dp])
                 p_wide = widen(gl.convert_layout(p, mma_1))
                 g = operand(p_wide * (dp - delta[None, :]), DTYPE, left)
-                dk = start_values(g, matrix(resident, i, ROWS, D2), dk)
+                dk = start_adding(g, matrix(resident, i, ROWS, D2), dk)
                 if D2 == 0:
                     dk_first, dv_first, s = warpgroup_mma_wait(0, deps=[dk[0], dv[0], s_next])
                     dk, dv = (dk_first,), (dv_first,)
@@ -400,12 +400,12 @@ def hopper_backward_resident(
                 s = s * score_scale
             lse = lse_mem.index(i).load(col_s)
             p = operand(gl.exp2(s - lse[None, :]), DTYPE, left)
-            dv = start_values(p, do_mem, dv)
+            dv = start_adding(p, do_mem, dv)
             delta = delta_mem.index(i).load(col_s)
             dp = warpgroup_mma_wait(PARTS, deps=[dp])
             p_wide = widen(gl.convert_layout(p, mma_1))
             g = operand(p_wide * (dp - delta[None, :]), DTYPE, left)
-            dk = start_values(g, matrix(resident, i, ROWS, D2), dk)
+            dk = start_adding(g, matrix(resident, i, ROWS, D2), dk)
             if D2 == 0:
                 dk_first, dv_first = warpgroup_mma_wait(0, deps=[dk[0], dv[0]])
                 dk, dv = (dk_first,), (dv_first,)

@@ -32,28 +32,29 @@ from .._jit import launch_kernel, multiprocessors
 from ..plan import TILE as PLAN_TILE
 from .config import Launch
 from .hopper_forward_steps import (
-    add_dot_values,
     fold_rows,
     load_r,
     next_stage,
     opaque_zero,
-    scale_rows,
     softmax_step,
     stream_step,
-    thread_sums,
     vector_sum,
 )
 from .hopper_steps import PART, describe, load_tile, parts, ragged, segment_rows, shared_layout
 from .hopper_tile_steps import (
     column_parts,
+    load_block,
     load_vector,
     matrix,
     multiply,
     read,
     row_dot,
     scale_all,
+    scale_rows,
+    start_adding,
     start_dot_rows,
     store_tile,
+    thread_sums,
     wait_for,
     write,
 )
@@ -88,13 +89,6 @@ def load_work(
 
 
 @gluon.jit
-def load_columns(source, tiles, i, full, start, length, row, h):
-    """The rows from `row` of a segment's head into tile i, by TMA."""
-    for c in gl.static_range(len(tiles)):
-        load_tile(source[c], segment_rows(start, length, row, h, c * PART), full, tiles[c].index(i))
-
-
-@gluon.jit
 def load(
     q_1, k_1, v_1, r_tiles, q_2, k_2, v_2, q_mem_1, k_mem_1, v_mem_1, q_mem_2, k_mem_2, v_mem_2, r_mem, q_full, q_empty,
     full, empty, items_ptr, first_item, count, tokens, tokens_k, slots, H: gl.constexpr, D2: gl.constexpr,
@@ -116,23 +110,23 @@ def load(
             q_phase ^= 1
             mbarrier.expect(q_full, GROUPS * ROWS * ROW_BYTES)
             for group in gl.static_range(GROUPS):
-                load_columns(q_in, q_mem, group, q_full, q_start, q_length, tile * TILE + group * ROWS, h)
+                load_block(q_in, q_mem, group, q_full, q_start, q_length, tile * TILE + group * ROWS, h)
         for j in range(key_tiles):
             row = gl.where(j == 0, key_tiles - 1, j - 1) * BLOCK_N
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), KEY_BYTES, pred=v_row < 0)
             mbarrier.expect(full.index(stage), KEY_BYTES + BLOCK_N * ROW_BYTES, pred=v_row >= 0)
-            load_columns(k_in, k_mem, stage, full.index(stage), k_start, k_length, row, h)
+            load_block(k_in, k_mem, stage, full.index(stage), k_start, k_length, row, h)
             if K_NORM != NONE:
                 load_tile(r_tiles, [(h * slots + slot) * TILE + row], full.index(stage), r_mem.index(stage))
             if v_row >= 0:
-                load_columns(v_in, v_mem, stage, full.index(stage), v_start, v_length, v_row, v_h)
+                load_block(v_in, v_mem, stage, full.index(stage), v_start, v_length, v_row, v_h)
             v_start, v_length, v_h, v_row = k_start, k_length, h, row
             stage, phase = next_stage(stage, phase, STAGES)
     if v_row >= 0:
         mbarrier.wait(empty.index(stage), phase)
         mbarrier.expect(full.index(stage), BLOCK_N * ROW_BYTES)
-        load_columns(v_in, v_mem, stage, full.index(stage), v_start, v_length, v_row, v_h)
+        load_block(v_in, v_mem, stage, full.index(stage), v_start, v_length, v_row, v_h)
 
 
 @gluon.jit
@@ -176,7 +170,7 @@ def attend(
 
     # ---- the last tile's values, which came with the next item's keys
     mbarrier.wait(full.index(stage), phase)
-    acc = wait_for(add_dot_values(p, matrix(v_mem, stage, BLOCK_N, D2), acc), 0)
+    acc = wait_for(start_adding(p, matrix(v_mem, stage, BLOCK_N, D2), acc), 0)
     total = gl.convert_layout(gl.sum(l, 1), row_s)
     acc = scale_rows(acc, gl.where(total == 0, 0.0, 1.0 / total))
     write(u, acc)

@@ -8,10 +8,19 @@ from __future__ import annotations
 import triton
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from .hopper_steps import PART
-from .hopper_tile_steps import matrix, row_dot, row_sum, scale_columns, start_dot_rows
+from .hopper_tile_steps import (
+    matrix,
+    row_dot,
+    row_sum,
+    scale_columns,
+    scale_rows,
+    start_adding,
+    start_dot_rows,
+    thread_sums,
+)
 from .steps import L2, LAYER_NORM, NONE
 
 ROUND_LATE = gl.constexpr(triton.__version__ < "3.7")  # Triton 3.9's ptxas would serialize the products
@@ -135,27 +144,6 @@ def block_boundary():
 
 
 @gluon.jit
-def add_dot_values(p, y, acc):
-    """acc + p · y."""
-    first = warpgroup_mma(p, y[0], acc[0], is_async=True)
-    if len(y) == 1:
-        return (first,)
-    else:
-        q = gl.convert_layout(p, gl.DotOperandLayout(0, acc[1].type.layout, 2))
-        return (first, warpgroup_mma(q, y[1], acc[1], is_async=True))
-
-
-@gluon.jit
-def scale_rows(x, by):
-    """x[i, :] · by[i]."""
-    first = x[0] * gl.convert_layout(by, gl.SliceLayout(1, x[0].type.layout))[:, None]
-    if len(x) == 1:
-        return (first,)
-    else:
-        return (first, x[1] * gl.convert_layout(by, gl.SliceLayout(1, x[1].type.layout))[:, None])
-
-
-@gluon.jit
 def load_r(r_mem, stage, score_scale, layout: gl.constexpr, K_NORM: gl.constexpr, FOLD: gl.constexpr, N: gl.constexpr):
     """What the columns of the scores are multiplied by."""
     if K_NORM == NONE:
@@ -163,12 +151,6 @@ def load_r(r_mem, stage, score_scale, layout: gl.constexpr, K_NORM: gl.constexpr
     else:
         r = r_mem.index(stage).load(layout)
         return r if FOLD else r * score_scale
-
-
-@gluon.jit
-def thread_sums(p):
-    """Sums of the columns that a thread holds."""
-    return gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), 1)
 
 
 @gluon.jit
@@ -207,7 +189,7 @@ def stream_step(
     LATE: gl.constexpr = ROUND_LATE and D2 == 16
     mbarrier.wait(full.index(stage), phase)
     s = start_dot_rows(u, matrix(k_mem, stage, BLOCK_N, D2), zero, 0, ROWS)
-    sums = add_dot_values(p, matrix(v_mem, stage, BLOCK_N, D2), acc)
+    sums = start_adding(p, matrix(v_mem, stage, BLOCK_N, D2), acc)
     r = load_r(r_mem, stage, score_scale, gl.SliceLayout(0, zero.type.layout), K_NORM, FOLD, BLOCK_N)
     s = warpgroup_mma_wait(PARTS, deps=[s])
     p_next, m, l, rescale = softmax_step(s, r, m, l, valid, False, FIXED, SCALED)

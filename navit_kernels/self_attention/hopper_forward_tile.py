@@ -39,11 +39,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .._jit import launch_kernel
-from .hopper_steps import PART, load_tile, parts, ragged, segment_rows
+from .hopper_steps import PART, parts, ragged
 from .hopper_tile_steps import (
     add_columns,
     affine_rows,
     column_parts,
+    load_block,
     load_rows,
     load_vector,
     matrix,
@@ -52,6 +53,8 @@ from .hopper_tile_steps import (
     row_statistics,
     scale_all,
     scale_columns,
+    scale_rows,
+    thread_sums,
     write,
 )
 from .kernel import FIXED_MAX_LIMIT
@@ -171,12 +174,6 @@ def masked(s, START: gl.constexpr, k_length, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def thread_sums(p):
-    """Sums over the columns of p that differ by multiples of 8: those that one thread has."""
-    return gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), 1)
-
-
-@gluon.jit
 def attend_keys(
     u, k, v, zero, bound, score_scale, k_length, v_full, FOLD: gl.constexpr, KEYS: gl.constexpr, CHUNK: gl.constexpr,
     FIXED_MAX: gl.constexpr, num_warps: gl.constexpr,
@@ -244,20 +241,10 @@ def attend(
 
 
 @gluon.jit
-def scale_rows(x, by):
-    first = x[0] * by[:, None]
-    if len(x) == 1:
-        return (first,)
-    else:
-        return (first, x[1] * gl.convert_layout(by, gl.SliceLayout(1, x[1].type.layout))[:, None])
-
-
-@gluon.jit
-def load_block(q, tiles, full, row, start, length, h, ROWS: gl.constexpr, D2: gl.constexpr):
+def ask_for_block(q, tiles, full, row, start, length, h, ROWS: gl.constexpr, D2: gl.constexpr):
     """The rows from `row` of q."""
     mbarrier.expect(full, ROWS * (PART + D2) * 2)
-    for c in gl.static_range(len(tiles)):
-        load_tile(q[c], segment_rows(start, length, row, h, c * PART), full, tiles[c].index(0))
+    load_block(q, tiles, 0, full, start, length, row, h)
 
 
 @constexpr_function
@@ -343,7 +330,7 @@ def hopper_forward_tile(
         return  # nothing to write; and no program may end before the rows that it asked for are there
     mbarrier.expect(k_full, BLOCK * (PART + D2) * 2)
     load_rows(k_in, kv_tiles, 0, k_full, k_start, k_length, h)
-    load_block(q_in, q_tiles, q_full, 0, q_start, q_length, h, ROWS, D2)
+    ask_for_block(q_in, q_tiles, q_full, 0, q_start, q_length, h, ROWS, D2)
     mbarrier.expect(v_full, BLOCK * (PART + D2) * 2)
     load_rows(v_in, kv_tiles, 1, v_full, k_start, k_length, h)
     k, v = matrix(kv_tiles, 0, BLOCK, D2), matrix(kv_tiles, 1, BLOCK, D2)
@@ -372,7 +359,7 @@ def hopper_forward_tile(
         phase ^= 1
         q = read(matrix(q_tiles, 0, ROWS, D2), layouts)
         if row + ROWS < q_length:
-            load_block(q_in, q_tiles, q_full, row + ROWS, q_start, q_length, h, ROWS, D2)
+            ask_for_block(q_in, q_tiles, q_full, row + ROWS, q_start, q_length, h, ROWS, D2)
         # loaded again for each block: kept, they would cost registers
         gain, shift = load_weights(
             q_weight_ptr + h * q_weight_stride, q_bias_ptr + h * q_bias_stride, k_weight_ptr + h * k_weight_stride,

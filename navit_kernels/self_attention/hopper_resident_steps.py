@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from .hopper_steps import PART, load_tile, segment_rows
 from .hopper_tile_steps import (
     add_columns,
     affine_rows,
@@ -17,24 +15,11 @@ from .hopper_tile_steps import (
     row_statistics,
     scale_all,
     scale_columns,
-    store_tile,
     widen,
 )
 from .steps import NONE
 
 ROWS = gl.constexpr(64)  # of a block
-
-
-@gluon.jit
-def load_block(source, tiles, i, full, start, length, row, h):
-    for c in gl.static_range(len(tiles)):
-        load_tile(source[c], segment_rows(start, length, row, h, c * PART), full, tiles[c].index(i))
-
-
-@gluon.jit
-def store_block(target, tiles, i, start, length, row, h):
-    for c in gl.static_range(len(tiles)):
-        store_tile(target[c], segment_rows(start, length, row, h, c * PART), tiles[c].index(i))
 
 
 @gluon.jit
@@ -74,26 +59,6 @@ def from_operands(x, layouts):
         return (widen(gl.convert_layout(x[0], layouts[0])),)
     else:
         return (widen(gl.convert_layout(x[0], layouts[0])), widen(gl.convert_layout(x[1], layouts[1])))
-
-
-@gluon.jit
-def start_scores(x, y, zero):
-    """x · yᵀ."""
-    product = warpgroup_mma(x[0], y[0].permute([1, 0]), zero, use_acc=False, is_async=True)
-    if len(x) == 2:
-        product = warpgroup_mma(x[1], y[1].permute([1, 0]), product, is_async=True)
-    return product
-
-
-@gluon.jit
-def start_values(p, y, total):
-    """total + p · y."""
-    first = warpgroup_mma(p, y[0], total[0], is_async=True)
-    if len(y) == 1:
-        return (first,)
-    else:
-        left: gl.constexpr = gl.DotOperandLayout(0, total[1].type.layout, 2)
-        return (first, warpgroup_mma(gl.convert_layout(p, left), y[1], total[1], is_async=True))
 
 
 @gluon.jit

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from .hopper_steps import PART, load_tile, segment_rows
-from .hopper_tile_steps import store_tile
+from .hopper_steps import PART
 
 BLOCK = gl.constexpr(64)  # rows of a warpgroup, and of a block that passes
 GROUPS = gl.constexpr(2)  # warpgroups of a program; BLOCK · GROUPS = TILE
@@ -22,19 +21,6 @@ def read_item(items_ptr, item, tokens, tokens_k):
     q_length = gl.minimum(gl.load(base + 1), tokens - q_start)
     k_length = gl.minimum(gl.load(base + 3), tokens_k - k_start)
     return q_start, q_length, k_start, k_length, gl.load(base + 4)
-
-
-@gluon.jit
-def load_parts(source, tiles, i, full, start, length, row, h):
-    """BLOCK rows of a segment's head into tile i, by TMA."""
-    for c in gl.static_range(len(tiles)):
-        load_tile(source[c], segment_rows(start, length, row, h, c * PART), full, tiles[c].index(i))
-
-
-@gluon.jit
-def store_parts(target, tiles, i, start, length, row, h):
-    for c in gl.static_range(len(tiles)):
-        store_tile(target[c], segment_rows(start, length, row, h, c * PART), tiles[c].index(i))
 
 
 @gluon.jit
@@ -62,26 +48,6 @@ def left_operand(x, layouts):
         return (first,)
     else:
         return (first, x[1].load(gl.DotOperandLayout(0, layouts[0], 2)))
-
-
-@gluon.jit
-def start_scores(x, y, zero):
-    """x · yᵀ, x in registers."""
-    product = warpgroup_mma(x[0], y[0].permute([1, 0]), zero, use_acc=False, is_async=True)
-    if len(x) == 2:
-        product = warpgroup_mma(x[1], y[1].permute([1, 0]), product, is_async=True)
-    return product
-
-
-@gluon.jit
-def start_adding(p, y, acc):
-    """acc + p · y, p in registers."""
-    first = warpgroup_mma(p, y[0], acc[0], is_async=True)
-    if len(y) == 1:
-        return (first,)
-    else:
-        p_2 = gl.convert_layout(p, gl.DotOperandLayout(0, acc[1].type.layout, 2))
-        return (first, warpgroup_mma(p_2, y[1], acc[1], is_async=True))
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""Steps of Hopper's backward of short segments, in Gluon: tiles of rows in shared memory and in registers.
+"""Steps that Hopper's attention kernels share, in Gluon: tiles of rows in shared memory and in registers.
 
 A tile of rows is a tuple of one or two column parts; see hopper_steps.py. Norms are as in steps.py.
 """
@@ -37,6 +37,19 @@ def load_rows(source, tiles, i, full, start, length, h):
 def store_rows(target, tiles, i, start, length, h):
     for c in gl.static_range(len(tiles)):
         store_tile(target[c], segment_rows(start, length, 0, h, c * PART), tiles[c].index(i))
+
+
+@gluon.jit
+def load_block(source, tiles, i, full, start, length, row, h):
+    """The rows from `row` of a segment's head into tile i, by TMA."""
+    for c in gl.static_range(len(tiles)):
+        load_tile(source[c], segment_rows(start, length, row, h, c * PART), full, tiles[c].index(i))
+
+
+@gluon.jit
+def store_block(target, tiles, i, start, length, row, h):
+    for c in gl.static_range(len(tiles)):
+        store_tile(target[c], segment_rows(start, length, row, h, c * PART), tiles[c].index(i))
 
 
 @gluon.jit
@@ -96,6 +109,26 @@ def start_dot_values(p, y, zero):
         return (first,)
     else:
         return (first, warpgroup_mma(p, y[1], zero[1], use_acc=False, is_async=True))
+
+
+@gluon.jit
+def start_scores(x, y, zero):
+    """x · yᵀ, all rows of x."""
+    product = warpgroup_mma(x[0], y[0].permute([1, 0]), zero, use_acc=False, is_async=True)
+    if len(x) == 2:
+        product = warpgroup_mma(x[1], y[1].permute([1, 0]), product, is_async=True)
+    return product
+
+
+@gluon.jit
+def start_adding(p, y, acc):
+    """acc + p · y, p in registers."""
+    first = warpgroup_mma(p, y[0], acc[0], is_async=True)
+    if len(y) == 1:
+        return (first,)
+    else:
+        p_2 = gl.convert_layout(p, gl.DotOperandLayout(0, acc[1].type.layout, 2))
+        return (first, warpgroup_mma(p_2, y[1], acc[1], is_async=True))
 
 
 @gluon.jit
@@ -225,6 +258,22 @@ def unit_rows_backward(grad, x_hat, r, factor, eps, NORM: gl.constexpr, D: gl.co
 @gluon.jit
 def subtract_along(grad, x_hat, along):
     return grad - x_hat * gl.convert_layout(along, gl.SliceLayout(1, grad.type.layout))[:, None]
+
+
+@gluon.jit
+def scale_rows(x, by):
+    """x[i, :] · by[i]."""
+    first = x[0] * gl.convert_layout(by, gl.SliceLayout(1, x[0].type.layout))[:, None]
+    if len(x) == 1:
+        return (first,)
+    else:
+        return (first, x[1] * gl.convert_layout(by, gl.SliceLayout(1, x[1].type.layout))[:, None])
+
+
+@gluon.jit
+def thread_sums(p):
+    """Sums over the columns of p that differ by multiples of 8: those that one thread has."""
+    return gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 8]), 1)
 
 
 @gluon.jit
