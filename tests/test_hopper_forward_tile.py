@@ -86,7 +86,8 @@ def test_no_barrier_lies_where_outputs_change_their_layout(case: Case) -> None:
     barriers = [offsets[name] for name in re.findall(r"mbarrier\.init\.\S+ \[(%r\d+)\]", ptx)]
     exchanges = [int(offset) for offset in re.findall(r"st\.shared\S*\s+\[%r\d+\+(\d+)\]", ptx)]
     assert barriers == [one.shared - 24, one.shared - 16, one.shared - 8]
-    assert exchanges and max(exchanges) + 4 * 512 <= barriers[0]  # 512 bytes a warp
+    assert exchanges
+    assert max(exchanges) + 4 * 512 <= barriers[0]  # 512 bytes a warp
 
 
 @pytest.mark.compile_only
