@@ -178,8 +178,8 @@ WIDE = (  # from 88 to 128, measured at 128 with 8 heads
 
 # Gluon, by (NARROW, MIDDLE or WIDE; class). Of hopper_tile block_m is the longest segment, block_n the keys of a chunk.
 # Of hopper_stream the warps are those that multiply, the registers every warp's at first, the times key_sizes' too.
-# Segments of 33 to 64 tokens stay with forward_tile: hopper_tile takes 152 µs at U64 where that takes 189, but gave NaN
-# in one of three checks of a full pack, for a reason not found yet.
+# Segments of 33 to 64 tokens stay with forward_tile (U64 189 µs) until hopper_tile (152) has been seen right there in
+# full packs: one of three checks had NaN, when a barrier still lay where outputs change their layout.
 HOPPER_FORWARD = {
     (0, 2): Launch("hopper_tile", 128, 64, 4, 1, 168, 192, measured="U128 188; capped at 128 184 or 202, portable 221"),
     (0, 3): Launch("hopper_tile", 256, 64, 4, 1, 168, 320, measured="U256 229; running maximum 242, portable 383"),
