@@ -112,3 +112,47 @@ def assert_fits(arch: str, launch: Callable[[], object]) -> list[Compiled]:
             f"{one.name} on {arch} needs {one.shared} bytes of shared memory"
         )
     return compiled
+
+
+def unwritten_descriptors(code: str) -> list[str]:
+    """The products of sm_90 machine code whose matrix descriptors, four uniform registers, not every way there writes.
+
+    ptxas 12.8 has left one so where two ways multiplied by the same matrix: the product then reads any address.
+    """
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            instructions.append(instruction[1])
+    written = [0] * len(instructions)  # bits: registers that every way to an instruction has written
+    reached = [False] * len(instructions)
+    reached[0], todo = True, [0]
+    while todo:
+        at = todo.pop()
+        text = re.sub(r"^@!?U?P\d+ +", "", instructions[at])
+        name, _, operands = text.partition(" ")
+        after = written[at]
+        if re.match(r"U(?!TMA|SETMAX)|R2UR|S2UR|VOTEU", name):
+            target = next(filter(None, (re.match(r" *UR(\d+)$", x) for x in operands.split(",")[:2])), None)
+            if target:
+                after |= (3 if ".64" in name or "WIDE" in name else 1) << int(target[1])
+        conditional = instructions[at].startswith("@") or re.search(r"!?U?P\d,", operands) is not None
+        ways = [labels[x] for x in re.findall(r"\.L_x_\d+", operands) if x in labels] if name.startswith("BR") else []
+        if not name.startswith(("BRA", "BRX", "EXIT")) or (not name.startswith("BRX") and conditional):
+            ways.append(at + 1)
+        for way in ways:
+            if way < len(instructions):
+                before = written[way] & after if reached[way] else after
+                if not reached[way] or before != written[way]:
+                    reached[way], written[way] = True, before
+                    todo.append(way)
+    faults = []
+    for at, text in enumerate(instructions):
+        product = re.search(r"HGMMA\S* +R\d+, +(R\d+, +)?gdesc\[UR(\d+)\]", text)
+        if product and reached[at]:
+            needed = (12 if product[1] else 15) << int(product[2])  # a left operand in registers has no descriptor
+            if needed & ~written[at]:
+                faults.append(text)
+    return faults
