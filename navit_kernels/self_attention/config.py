@@ -77,7 +77,7 @@ def choose_config(
         # a tile's scores are those of k̂: a stream that repeats them takes k̂, too
         forward = HOPPER_FORWARD[row]
         config = replace(config, forward=forward, normalize_keys=forward.kernel == "hopper_tile")
-        if row == (2, 4):  # with both maxima compiled in, a tile that takes the running one ends in an illegal address
+        if row == (2, 4):  # with both maxima compiled in, ptxas 12.8 leaves a descriptor of the running one unwritten
             config = replace(config, fixed_max=False)
     if gluon and gluon_backward is not False and row in HOPPER_BACKWARD:
         backward = HOPPER_BACKWARD[row]
