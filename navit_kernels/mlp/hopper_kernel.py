@@ -22,8 +22,6 @@ T tokens, E model width, M MLP width, U hidden width: M, or 2M for "swiglu".
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.experimental.gluon.language as gl
@@ -37,6 +35,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .._jit import multiprocessors
 
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the latter until Triton 3.6
 
@@ -185,22 +185,6 @@ def _multiply(
 
 
 @gluon.jit
-def _multiply_first(
-    a_desc, b_desc, biases, stages, handoff, tiles, E: gl.constexpr, M: gl.constexpr, WIDTH: gl.constexpr,
-    B_ROWS: gl.constexpr,
-):  # fmt: skip
-    _multiply(0, a_desc, b_desc, biases, stages, handoff, tiles, E, M, WIDTH, B_ROWS)
-
-
-@gluon.jit
-def _multiply_second(
-    a_desc, b_desc, biases, stages, handoff, tiles, E: gl.constexpr, M: gl.constexpr, WIDTH: gl.constexpr,
-    B_ROWS: gl.constexpr,
-):  # fmt: skip
-    _multiply(1, a_desc, b_desc, biases, stages, handoff, tiles, E, M, WIDTH, B_ROWS)
-
-
-@gluon.jit
 def _allocate(a_desc, b_desc, B_ROWS: gl.constexpr):
     """The stages and the hand-off: shared memory and its barriers."""
     DTYPE: gl.constexpr = a_desc.dtype
@@ -298,8 +282,8 @@ def up_kernel(
     gl.warp_specialize([
         (_write_activations,
          (up_bias_ptr, hidden_ptr, act_ptr, biases, handoff, tokens, tiles, M, WIDTH, CHUNK, ACTIVATION)),
-        (_multiply_first, (x_desc, up_desc, biases, stages, handoff, tiles, E, M, WIDTH, True)),
-        (_multiply_second, (x_desc, up_desc, biases, stages, handoff, tiles, E, M, WIDTH, True)),
+        (_multiply, (0, x_desc, up_desc, biases, stages, handoff, tiles, E, M, WIDTH, True)),
+        (_multiply, (1, x_desc, up_desc, biases, stages, handoff, tiles, E, M, WIDTH, True)),
     ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
 
 
@@ -390,8 +374,8 @@ def down_backward_kernel(
     gl.warp_specialize([
         (_write_gradients,
          (hidden_ptr, act_ptr, dhidden_ptr, dup_bias_ptr, handoff, tokens, tiles, M, CHUNK, AHEAD, ACTIVATION)),
-        (_multiply_first, (dout_desc, down_desc, None, stages, handoff, tiles, E, M, BLOCK_U, False)),
-        (_multiply_second, (dout_desc, down_desc, None, stages, handoff, tiles, E, M, BLOCK_U, False)),
+        (_multiply, (0, dout_desc, down_desc, None, stages, handoff, tiles, E, M, BLOCK_U, False)),
+        (_multiply, (1, dout_desc, down_desc, None, stages, handoff, tiles, E, M, BLOCK_U, False)),
     ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
 
 
@@ -408,11 +392,6 @@ def _blocks(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     )
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
 def tile_rows(tokens: int) -> int:
     """Rows of tiles, each of which writes its sums of dhidden."""
     return triton.cdiv(tokens, BLOCK_T.value)
@@ -426,7 +405,7 @@ def up(
     (tokens, width), mlp_width = x_TE.shape, act_TM.shape[1]
     columns = BLOCK_U.value // (2 if activation == "swiglu" else 1)
     tiles = tile_rows(tokens) * triton.cdiv(mlp_width, columns)
-    up_kernel[(min(tiles, _multiprocessors(x_TE.device)),)](
+    up_kernel[(min(tiles, multiprocessors(x_TE.device)),)](
         _blocks(x_TE, BLOCK_T.value, BLOCK_E.value), _blocks(up_UE, columns, BLOCK_E.value), up_bias_U, hidden_TU,
         act_TM, tokens, E=width, M=mlp_width, CHUNK=chunk, ACTIVATION=activation, num_warps=4,
     )  # fmt: skip
@@ -440,7 +419,7 @@ def down_backward(
     chunks before its use."""
     (tokens, width), mlp_width = dout_TE.shape, act_TM.shape[1]
     tiles = tile_rows(tokens) * triton.cdiv(mlp_width, BLOCK_U.value)
-    down_backward_kernel[(min(tiles, _multiprocessors(dout_TE.device)),)](
+    down_backward_kernel[(min(tiles, multiprocessors(dout_TE.device)),)](
         _blocks(dout_TE, BLOCK_T.value, BLOCK_E.value), _blocks(down_EM, BLOCK_E.value, BLOCK_U.value), hidden_TU,
         act_TM, dhidden_TU, partial_GU, tokens, E=width, M=mlp_width, CHUNK=chunk, AHEAD=ahead, ACTIVATION=activation,
         num_warps=4,

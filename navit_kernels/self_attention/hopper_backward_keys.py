@@ -12,7 +12,6 @@ from .hopper_stream_steps import (
     GROUPS,
     barriers,
     left_operand,
-    narrow,
     read_item,
     tiles_of,
     zeros,
@@ -20,13 +19,14 @@ from .hopper_stream_steps import (
 from .hopper_tile_steps import (
     affine_rows,
     column_parts,
+    from_operands,
     load_block,
     matrix,
+    operand,
     start_adding,
     start_scores,
     store_block,
     unit_rows_backward,
-    widen,
     write,
 )
 from .steps import NONE
@@ -41,16 +41,6 @@ def finish(first, second, held, LATER: gl.constexpr):
     else:
         x_1, x_2, y_1, y_2, held = warpgroup_mma_wait(LATER, deps=[first[0], first[1], second[0], second[1], held])
         return (x_1, x_2), (y_1, y_2), held
-
-
-@gluon.jit
-def widen_operand(x, layouts):
-    """A left operand in float32, where the accumulators have it."""
-    first = widen(gl.convert_layout(x[0], layouts[0]))
-    if len(x) == 1:
-        return (first,)
-    else:
-        return (first, widen(gl.convert_layout(x[1], layouts[1])))
 
 
 @gluon.jit
@@ -144,10 +134,10 @@ def keys_owner(
             lse = lse_tiles.index(s).load(of_col)
             s_now = warpgroup_mma_wait(PARTS, deps=[s_now])
             p_32 = gl.exp2(s_now * scale[:, None] - lse[None, :])
-            p = narrow(p_32, DTYPE, left)
+            p = operand(p_32, DTYPE, left)
             delta = delta_tiles.index(s).load(of_col)
             dp_now = warpgroup_mma_wait(0, deps=[dp_now])
-            g = narrow(p_32 * (dp_now - delta[None, :]), DTYPE, left)
+            g = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
             for _ in range(1, blocks):
                 s_old = s
                 u_old = u
@@ -165,13 +155,13 @@ def keys_owner(
                 lse = lse_tiles.index(s).load(of_col)
                 s_now = warpgroup_mma_wait(3 * PARTS, deps=[s_now])
                 p_32 = gl.exp2(s_now * scale[:, None] - lse[None, :])
-                p_new = narrow(p_32, DTYPE, left)
+                p_new = operand(p_32, DTYPE, left)
                 delta = delta_tiles.index(s).load(of_col)
                 # p_32 is a dep of the wait, and a wait for what has long come stands before it: the compiler moves
                 # the softmax over neither
                 mbarrier.wait(full.index(s), phase)
                 dp_now, p_32 = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p_32])
-                g_new = narrow(p_32 * (dp_now - delta[None, :]), DTYPE, left)
+                g_new = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
                 mbarrier.wait(full.index(s), phase)
                 dv, a, g_new = finish(dv_now, a_now, g_new, 0)
                 mbarrier.arrive(empty.index(s_old), count=1)
@@ -186,7 +176,7 @@ def keys_owner(
             tma.store_wait(0)
             write(matrix(out_tiles, GROUP * 2, BLOCK, D2), dv)
             store_block(dv_out, out_tiles, GROUP * 2, k_start, k_length, row, h)
-            k_hat = widen_operand(k, layouts)
+            k_hat = from_operands(k, layouts)
             if K_NORM != NONE:
                 k_hat = affine_rows(k_hat, r, -mean * r, D)
             write(

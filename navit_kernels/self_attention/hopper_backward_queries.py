@@ -12,7 +12,6 @@ from .hopper_stream_steps import (
     GROUPS,
     barriers,
     left_operand,
-    narrow,
     read_item,
     tiles_of,
     zeros,
@@ -24,6 +23,7 @@ from .hopper_tile_steps import (
     load_vector,
     matrix,
     multiply,
+    operand,
     read,
     row_statistics,
     row_sum,
@@ -141,7 +141,7 @@ def queries_owner(
             g_32 = p_32 * (dp_now - delta[:, None])
             if K_NORM != NONE:
                 g_32 = g_32 * r[None, :]
-            g = narrow(g_32, DTYPE, left)
+            g = operand(g_32, DTYPE, left)
             for _ in range(1, blocks):
                 s_old = s
                 k_old = k
@@ -166,7 +166,7 @@ def queries_owner(
                 g_32 = p_32 * (dp_now - delta[:, None])
                 if K_NORM != NONE:
                     g_32 = g_32 * r[None, :]
-                g_new = narrow(g_32, DTYPE, left)
+                g_new = operand(g_32, DTYPE, left)
                 mbarrier.wait(full.index(s), phase)
                 if D2 == 0:
                     du_1, g_new = warpgroup_mma_wait(0, deps=[du_now[0], g_new])

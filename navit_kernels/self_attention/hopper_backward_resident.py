@@ -12,7 +12,7 @@ operand or a sum in registers, and P and G go from one product to the next in re
 
 dP is under way while P is computed, and the next step's S while G is; the products of two programs, which share a
 multiprocessor, hide the rest. Unrolled, with a product under way from each step to the next, it takes 907 µs at U256
-instead of 646.
+instead of 662.
 
 Barriers: own_full, of a phase per own block, and keys_full and queries_full, of one phase each, say that TMA's rows are
 there. Rows past the segment's end are loaded as zeros and not stored (see hopper_steps.py).
@@ -37,13 +37,9 @@ from .hopper_resident_steps import (
     ROWS,
     delta_rows,
     fold,
-    from_operands,
     load_raw,
-    operand,
-    operands,
     share_vector,
     shared_vector,
-    store_sums,
     sums_by_thread,
     widen_all,
 )
@@ -51,10 +47,13 @@ from .hopper_steps import PART, parts, ragged
 from .hopper_tile_steps import (
     affine_rows,
     column_parts,
+    from_operands,
     load_block,
     load_vector,
     matrix,
     multiply,
+    operand,
+    operands,
     read,
     row_statistics,
     scale_all,
@@ -62,6 +61,7 @@ from .hopper_tile_steps import (
     start_adding,
     start_scores,
     store_block,
+    store_warp_sums,
     unit_rows_backward,
     widen,
     write,
@@ -335,10 +335,12 @@ def hopper_backward_resident(
         base = partials_ptr + ((item * SPLITS).to(gl.int64) * H + h) * (D * (1 + Q_BIAS))
         for c in gl.static_range(PARTS):
             memory = leaving[c].index(0)
-            store_sums(base + c * PART, gain_sums[c], softmax_scale, memory, D - c * PART, num_warps)
+            store_warp_sums(base + c * PART, gl.sum(gain_sums[c], 1), softmax_scale, memory, D - c * PART, num_warps)
             if Q_BIAS:
                 barrier()
-                store_sums(base + D + c * PART, shift_sums[c], softmax_scale, memory, D - c * PART, num_warps)
+                store_warp_sums(
+                    base + D + c * PART, gl.sum(shift_sums[c], 1), softmax_scale, memory, D - c * PART, num_warps
+                )
     for i in range(q_blocks):
         mbarrier.wait(queries_full.index(i), 0)
         if FOLD:

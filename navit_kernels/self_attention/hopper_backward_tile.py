@@ -46,7 +46,7 @@ from .hopper_tile_steps import (
     add_columns,
     affine_rows,
     column_parts,
-    load_rows,
+    load_block,
     load_vector,
     matrix,
     multiply,
@@ -56,8 +56,8 @@ from .hopper_tile_steps import (
     scale_columns,
     start_dot_rows,
     start_dot_values,
+    store_block,
     store_column_sums,
-    store_rows,
     unit_rows_backward,
     wait_for,
     widen,
@@ -125,11 +125,11 @@ def hopper_backward_tile(
     k_length = gl.minimum(gl.load(base + 3), tokens_k - k_start)
     at_q, at_k, at_v, at_do = 0, 1, 2, 3
     mbarrier.expect(qk_full, 2 * TILE_BYTES)
-    load_rows(k_in, tiles, at_k, qk_full, k_start, k_length, h)
-    load_rows(q_in, tiles, at_q, qk_full, q_start, q_length, h)
+    load_block(k_in, tiles, at_k, qk_full, k_start, k_length, 0, h)
+    load_block(q_in, tiles, at_q, qk_full, q_start, q_length, 0, h)
     mbarrier.expect(vo_full, 2 * TILE_BYTES)
-    load_rows(v_in, tiles, at_v, vo_full, k_start, k_length, h)
-    load_rows(dout_in, tiles, at_do, vo_full, q_start, q_length, h)
+    load_block(v_in, tiles, at_v, vo_full, k_start, k_length, 0, h)
+    load_block(dout_in, tiles, at_do, vo_full, q_start, q_length, 0, h)
     q_mem, k_mem = matrix(tiles, at_q, BLOCK, D2), matrix(tiles, at_k, BLOCK, D2)
     v_mem, do_mem = matrix(tiles, at_v, BLOCK, D2), matrix(tiles, at_do, BLOCK, D2)
 
@@ -221,9 +221,9 @@ def hopper_backward_tile(
     du = start_dot_values(scores, k_mem, zero_d)
     if NEEDS_Q:
         mbarrier.expect(q_full, TILE_BYTES)
-        load_rows(q_in, tiles, at_do, q_full, q_start, q_length, h)
+        load_block(q_in, tiles, at_do, q_full, q_start, q_length, 0, h)
     write(v_mem, dv)
-    store_rows(dv_out, tiles, at_v, k_start, k_length, h)
+    store_block(dv_out, tiles, at_v, k_start, k_length, 0, h)
 
     if GAIN:  # loaded again: keeping it would cost registers
         k_weight = load_vector(k_weight_ptr + h * k_weight_stride, K_WEIGHT, 1.0, layouts, D, D2)
@@ -233,7 +233,7 @@ def hopper_backward_tile(
     a = wait_for(a, PARTS)
     k_hat = read(k_mem, layouts)
     write(q_mem, unit_rows_backward(a, k_hat, k_r, key_factor, k_eps, K_NORM, D))
-    store_rows(dk_out, tiles, at_q, k_start, k_length, h)
+    store_block(dk_out, tiles, at_q, k_start, k_length, 0, h)
 
     # ---- dq leaves by k̂'s tile
     du = wait_for(du, 0)
@@ -248,7 +248,7 @@ def hopper_backward_tile(
         write(k_mem, unit_rows_backward(dq_hat, q_hat, q_r, softmax_scale, q_eps, Q_NORM, D))
     else:
         write(k_mem, scale_all(dq_hat, softmax_scale))
-    store_rows(dq_out, tiles, at_k, q_start, q_length, h)
+    store_block(dq_out, tiles, at_k, q_start, q_length, 0, h)
     if WEIGHT_GRADS:
         base = partials_ptr + ((item * SPLITS).to(gl.int64) * H + h) * (D * (1 + Q_BIAS))
         for c in gl.static_range(PARTS):

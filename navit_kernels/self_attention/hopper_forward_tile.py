@@ -45,10 +45,11 @@ from .hopper_tile_steps import (
     affine_rows,
     column_parts,
     load_block,
-    load_rows,
     load_vector,
     matrix,
     multiply,
+    operand,
+    operands,
     read,
     row_statistics,
     scale_all,
@@ -120,22 +121,11 @@ def folded_rows(
 
 
 @gluon.jit
-def operand(x, dtype: gl.constexpr, mma: gl.constexpr):
-    """x, rounded, as a left operand in registers."""
-    layout: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    first = gl.convert_layout(x[0].to(dtype), layout)
-    if len(x) == 1:
-        return (first,)
-    else:
-        return (first, gl.convert_layout(x[1].to(dtype), layout))
-
-
-@gluon.jit
 def start_scores(u, k, START: gl.constexpr, COLUMNS: gl.constexpr, ROWS: gl.constexpr, num_warps: gl.constexpr):
     """u · k̂ᵀ of the keys from START."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, COLUMNS, 16])
     keys = rows_of(k, START, COLUMNS)
-    u = operand(u, k[0].dtype, mma)
+    u = operands(u, k[0].dtype, gl.DotOperandLayout(0, mma, 2))
     zero = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
     s = warpgroup_mma(u[0], keys[0].permute([1, 0]), zero, use_acc=False, is_async=True)
     if len(k) == 2:
@@ -209,7 +199,7 @@ def attend_keys(
             if not FIXED_MAX:
                 l = l * gl.convert_layout(rescale, gl.SliceLayout(1, l.type.layout))[:, None]
             l += gl.convert_layout(sums, l.type.layout)
-        p_16 = operand((p,), v[0].dtype, mma_1)[0]
+        p_16 = operand(p, v[0].dtype, gl.DotOperandLayout(0, mma_1, 2))
         acc = start_output(p_16, rows_of(v, c * CHUNK, min(CHUNK, KEYS - c * CHUNK)), acc, c > 0)
         if c < CHUNKS - 1:
             s = start_scores(u, k, (c + 1) * CHUNK, min(CHUNK, KEYS - (c + 1) * CHUNK), ROWS, num_warps)
@@ -329,10 +319,10 @@ def hopper_forward_tile(
     if q_length <= 0:
         return  # nothing to write; and no program may end before the rows that it asked for are there
     mbarrier.expect(k_full, BLOCK * (PART + D2) * 2)
-    load_rows(k_in, kv_tiles, 0, k_full, k_start, k_length, h)
+    load_block(k_in, kv_tiles, 0, k_full, k_start, k_length, 0, h)
     ask_for_block(q_in, q_tiles, q_full, 0, q_start, q_length, h, ROWS, D2)
     mbarrier.expect(v_full, BLOCK * (PART + D2) * 2)
-    load_rows(v_in, kv_tiles, 1, v_full, k_start, k_length, h)
+    load_block(v_in, kv_tiles, 1, v_full, k_start, k_length, 0, h)
     k, v = matrix(kv_tiles, 0, BLOCK, D2), matrix(kv_tiles, 1, BLOCK, D2)
 
     fixed_max, bound = False, 0.0

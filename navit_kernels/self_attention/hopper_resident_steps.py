@@ -11,7 +11,6 @@ from triton.experimental import gluon
 from .hopper_tile_steps import (
     add_columns,
     affine_rows,
-    reinterpret,
     row_statistics,
     scale_all,
     scale_columns,
@@ -40,28 +39,6 @@ def widen_all(x):
 
 
 @gluon.jit
-def operand(x, DTYPE: gl.constexpr, layout: gl.constexpr):
-    return gl.convert_layout(x.to(DTYPE), layout)
-
-
-@gluon.jit
-def operands(x, DTYPE: gl.constexpr, layout: gl.constexpr):
-    """Parts as left operands of a product, in registers."""
-    if len(x) == 1:
-        return (operand(x[0], DTYPE, layout),)
-    else:
-        return (operand(x[0], DTYPE, layout), operand(x[1], DTYPE, layout))
-
-
-@gluon.jit
-def from_operands(x, layouts):
-    if len(x) == 1:
-        return (widen(gl.convert_layout(x[0], layouts[0])),)
-    else:
-        return (widen(gl.convert_layout(x[0], layouts[0])), widen(gl.convert_layout(x[1], layouts[1])))
-
-
-@gluon.jit
 def delta_rows(dout, out):
     """rowsum(dO ⊙ O) of one part."""
     return gl.sum(widen(dout) * widen(out), 1)
@@ -86,16 +63,6 @@ def shared_vector(memory, at, layouts):
         return (first,)
     else:
         return (first, memory[1].index(at).load(gl.SliceLayout(0, layouts[1])))
-
-
-@gluon.jit
-def store_sums(ptr, sums, factor, memory, WIDTH: gl.constexpr, num_warps: gl.constexpr):
-    COLUMNS: gl.constexpr = sums.shape[2]
-    wide: gl.constexpr = gl.BlockedLayout([num_warps, 1], [1, 32], [1, num_warps], [1, 0])
-    scratch = reinterpret(memory, gl.float32, [num_warps, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    scratch.store(gl.sum(sums, 1))
-    cols = gl.arange(0, COLUMNS, gl.SliceLayout(0, wide))
-    gl.store(ptr + cols, gl.sum(scratch.load(wide), 0) * factor, mask=cols < WIDTH)
 
 
 @gluon.jit

@@ -57,9 +57,3 @@ def zeros(layouts, D2: gl.constexpr):
         return (first,)
     else:
         return (first, gl.zeros([BLOCK, D2], gl.float32, layouts[1]))
-
-
-@gluon.jit
-def narrow(x, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
-    """A left operand of `start_adding`."""
-    return gl.convert_layout(x.to(DTYPE), LAYOUT)

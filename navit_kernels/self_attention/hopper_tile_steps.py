@@ -27,19 +27,6 @@ def column_parts(first, second, D2: gl.constexpr):
 
 
 @gluon.jit
-def load_rows(source, tiles, i, full, start, length, h):
-    """All rows of a segment's head into tile i, by TMA."""
-    for c in gl.static_range(len(tiles)):
-        load_tile(source[c], segment_rows(start, length, 0, h, c * PART), full, tiles[c].index(i))
-
-
-@gluon.jit
-def store_rows(target, tiles, i, start, length, h):
-    for c in gl.static_range(len(tiles)):
-        store_tile(target[c], segment_rows(start, length, 0, h, c * PART), tiles[c].index(i))
-
-
-@gluon.jit
 def load_block(source, tiles, i, full, start, length, row, h):
     """The rows from `row` of a segment's head into tile i, by TMA."""
     for c in gl.static_range(len(tiles)):
@@ -90,6 +77,30 @@ def write(x, values):
     for c in gl.static_range(len(x)):
         x[c].store(values[c].to(x[c].dtype))
     fence_async_shared()
+
+
+@gluon.jit
+def operand(x, DTYPE: gl.constexpr, layout: gl.constexpr):
+    """x, rounded, as a left operand of a product, in registers."""
+    return gl.convert_layout(x.to(DTYPE), layout)
+
+
+@gluon.jit
+def operands(x, DTYPE: gl.constexpr, layout: gl.constexpr):
+    if len(x) == 1:
+        return (operand(x[0], DTYPE, layout),)
+    else:
+        return (operand(x[0], DTYPE, layout), operand(x[1], DTYPE, layout))
+
+
+@gluon.jit
+def from_operands(x, layouts):
+    """Left operands in float32, where accumulators have them."""
+    first = widen(gl.convert_layout(x[0], layouts[0]))
+    if len(x) == 1:
+        return (first,)
+    else:
+        return (first, widen(gl.convert_layout(x[1], layouts[1])))
 
 
 @gluon.jit
@@ -286,11 +297,19 @@ def scale_all(x, by):
 
 @gluon.jit
 def store_column_sums(ptr, x, factor, memory, WIDTH: gl.constexpr, num_warps: gl.constexpr):
-    """factor · sums over the rows of x of its first WIDTH columns, by way of a sum per warp in `memory`."""
+    """factor · sums over the rows of x of its first WIDTH columns."""
     ROWS: gl.constexpr = x.shape[0]
     COLUMNS: gl.constexpr = x.shape[1]
+    sums = gl.sum(gl.sum(gl.reshape(x, [ROWS // (16 * num_warps), num_warps, 16, COLUMNS]), 0), 1)
+    store_warp_sums(ptr, sums, factor, memory, WIDTH, num_warps)
+
+
+@gluon.jit
+def store_warp_sums(ptr, sums, factor, memory, WIDTH: gl.constexpr, num_warps: gl.constexpr):
+    """factor · sums over the warps, a row each, by way of `memory`."""
+    COLUMNS: gl.constexpr = sums.shape[1]
     wide: gl.constexpr = gl.BlockedLayout([num_warps, 1], [1, 32], [1, num_warps], [1, 0])
     scratch = reinterpret(memory, gl.float32, [num_warps, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    scratch.store(gl.sum(gl.sum(gl.reshape(x, [ROWS // (16 * num_warps), num_warps, 16, COLUMNS]), 0), 1))
+    scratch.store(sums)
     cols = gl.arange(0, COLUMNS, gl.SliceLayout(0, wide))
     gl.store(ptr + cols, gl.sum(scratch.load(wide), 0) * factor, mask=cols < WIDTH)
