@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import torch
 from ahead_of_time import ARCHS, SHARED_MEMORY_LIMIT, Compiled, compile_launches
 from attention_checks import BF16, FP16, FP32, Case
+from torch import Tensor
 
 from navit_kernels.head_norm import NORM_CODES
 from navit_kernels.plan import CLASS_LIMITS
@@ -24,12 +26,10 @@ CLASS_NAMES = [*(f"≤{limit}" for limit in CLASS_LIMITS), f">{CLASS_LIMITS[-1]}
 DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
 
 
-def launch_on_meta(case: Case, arch: str) -> None:
-    """Forward and backward of a case, on tensors without memory, as on a GPU of that architecture."""
+def call_on_meta(case: Case, tensors: dict[str, Tensor]) -> Any:
+    """The Launcher of a call on a case's tensors without memory."""
     from navit_kernels.self_attention import launch
 
-    tensors = case.inputs("meta")
-    q, k, v, dout = (tensors[name] for name in ("q", "k", "v", "dout"))
     codes = [NORM_CODES[kind] for kind in (case.q_kind, case.k_kind)]
     norms = launch.Norms(
         codes[0], tensors.get("q_weight"), tensors.get("q_bias"), 1e-6, codes[1], tensors.get("k_weight"), 1e-6
@@ -37,14 +37,24 @@ def launch_on_meta(case: Case, arch: str) -> None:
     plan = replace(case, planned=True).plan("meta")
     assert plan is not None
     host_offsets = plan.host_offsets if case.planned else None
+    q, k, v = (tensors[name] for name in "qkv")
+    return launch.Launcher(q, k, v, norms, case.width**-0.5, plan.items, plan.offsets, host_offsets)
+
+
+def launch_on_meta(case: Case, arch: str) -> None:
+    """Forward and backward of a case, on tensors without memory, as on a GPU of that architecture."""
+    from navit_kernels.self_attention import launch
+
+    tensors = case.inputs("meta")
     capability = 0 if arch.startswith("gfx") else int(arch[3:])
     with mock.patch.object(launch, "architecture", return_value=capability):
         if not case.planned:
-            launch.plan_on_device(plan.cu_seqlens, plan.cu_seqlens, q.shape[0], k.shape[0])
-        call = launch.Launcher(q, k, v, norms, case.width**-0.5, plan.items, plan.offsets, host_offsets)
+            cu_seqlens = torch.empty(len(case.lengths) + 1, dtype=torch.int32, device="meta")
+            launch.plan_on_device(cu_seqlens, cu_seqlens, len(tensors["q"]), len(tensors["k"]))
+        call = call_on_meta(case, tensors)
         out, lse, r = launch.forward(call, True)
-        dq, dk, dv = (torch.empty_like(tensor) for tensor in (q, k, v))
-        launch.backward(call, dout, out, lse, r, dq, dk, dv, bool(norms.q_weight is not None))
+        dq, dk, dv = (torch.empty_like(tensors[name]) for name in "qkv")
+        launch.backward(call, tensors["dout"], out, lse, r, dq, dk, dv, call.norms.q_weight is not None)
 
 
 def launches_of(arch: str, index: int, width: int, dtype: torch.dtype) -> dict[str, Launch]:

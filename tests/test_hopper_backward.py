@@ -9,30 +9,25 @@ import pytest
 import torch
 from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches, machine_code
 from attention_checks import BF16, FP16, Case
+from compile_table import call_on_meta
 
-from navit_kernels.head_norm import NORM_CODES
 from navit_kernels.plan import CLASSES
 from navit_kernels.self_attention.config import choose_config
 
 
 def compile_case(case: Case) -> list[Compiled]:
-    from navit_kernels.self_attention import hopper_backward, launch
+    from navit_kernels.self_attention import hopper_backward
 
     tensors = case.inputs("meta")
     q, k, v, dout = (tensors[name] for name in ("q", "k", "v", "dout"))
-    norms = launch.Norms(
-        NORM_CODES[case.q_kind], tensors.get("q_weight"), tensors.get("q_bias"), 1e-6, NORM_CODES[case.k_kind],
-        tensors.get("k_weight"), 1e-6,
-    )  # fmt: skip
-    plan = case.plan("meta")
-    call = launch.Launcher(q, k, v, norms, case.width**-0.5, plan.items, plan.offsets, plan.host_offsets)
+    call = call_on_meta(case, tensors)
     config = choose_config(90, case.width, CLASSES - 1, 16, gluon=True)
     floats = torch.empty(16, device="meta")
 
     def backward() -> None:
         grads = (torch.empty_like(x) for x in (q, k, v))
         hopper_backward.backward_stream(
-            call, CLASSES - 1, dout, *grads, floats, floats, floats, floats, 2, norms.q_weight is not None,
+            call, CLASSES - 1, dout, *grads, floats, floats, floats, floats, 2, call.norms.q_weight is not None,
             stages=config.backward.stages,
         )  # fmt: skip
 

@@ -7,32 +7,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches
+from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches, machine_code
 from attention_checks import BF16, FP16, Case
-from test_hopper_backward_tile import PER_MULTIPROCESSOR, machine_code
-
-from navit_kernels.head_norm import NORM_CODES
+from compile_table import call_on_meta
+from test_hopper_backward_tile import PER_MULTIPROCESSOR
 
 MAIN = Case((256,), 16, 64, BF16)
 
 
 def compile_case(case: Case, use_lse: bool) -> Compiled:
-    from navit_kernels.self_attention import hopper_backward_resident, launch
+    from navit_kernels.self_attention import hopper_backward_resident
 
     tensors = case.inputs("meta")
     q, k, v, dout = (tensors[name] for name in ("q", "k", "v", "dout"))
-    norms = launch.Norms(
-        NORM_CODES[case.q_kind], tensors.get("q_weight"), tensors.get("q_bias"), 1e-6, NORM_CODES[case.k_kind],
-        tensors.get("k_weight"), 1e-6,
-    )  # fmt: skip
-    plan = case.plan("meta")
-    call = launch.Launcher(q, k, v, norms, case.width**-0.5, plan.items, plan.offsets, plan.host_offsets)
+    call = call_on_meta(case, tensors)
     floats = torch.empty(16, device="meta")
 
     def backward() -> None:
         grads = (torch.empty_like(x) for x in (q, k, v))
         hopper_backward_resident.backward_resident(
-            call, 3, dout, q, floats, *grads, floats, 1, norms.q_weight is not None, block=256, use_lse=use_lse
+            call, 3, dout, q, floats, *grads, floats, 1, call.norms.q_weight is not None, block=256, use_lse=use_lse
         )
 
     (compiled,) = compile_launches("sm_90", backward)

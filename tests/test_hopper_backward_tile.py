@@ -7,26 +7,20 @@ import pytest
 import torch
 from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches, machine_code
 from attention_checks import BF16, FP16, Case
-
-from navit_kernels.head_norm import NORM_CODES
+from compile_table import call_on_meta
 
 PER_MULTIPROCESSOR = 228 << 10  # bytes of shared memory, of which each program takes 1 KB more than it asks for
 
 
 def compile_case(case: Case, block: int, warps: int, use_lse: bool = True) -> Compiled:
-    from navit_kernels.self_attention import hopper_backward_tile, launch
+    from navit_kernels.self_attention import hopper_backward_tile
 
     tensors = case.inputs("meta")
     q, k, v, dout = (tensors[name] for name in ("q", "k", "v", "dout"))
-    norms = launch.Norms(
-        NORM_CODES[case.q_kind], tensors.get("q_weight"), tensors.get("q_bias"), 1e-6, NORM_CODES[case.k_kind],
-        tensors.get("k_weight"), 1e-6,
-    )  # fmt: skip
-    plan = case.plan("meta")
-    call = launch.Launcher(q, k, v, norms, case.width**-0.5, plan.items, plan.offsets, plan.host_offsets)
+    call = call_on_meta(case, tensors)
     index = {64: 1, 128: 2}[block]
     floats = torch.empty(16, device="meta")
-    weight_grads = norms.q_weight is not None
+    weight_grads = call.norms.q_weight is not None
 
     def backward() -> None:
         grads = (torch.empty_like(x) for x in (q, k, v))

@@ -7,36 +7,29 @@ import pytest
 import torch
 from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches, machine_code
 from attention_checks import BF16, FP16, Case
+from compile_table import call_on_meta
 from test_hopper_backward_tile import PER_MULTIPROCESSOR
 
-from navit_kernels.head_norm import NORM_CODES
 from navit_kernels.plan import CLASSES
-from navit_kernels.self_attention.config import Launch, choose_config
-
-WIDE = Launch("hopper_stream", 128, 64, 8, 3, 168, 64)  # two warpgroups; not in the launch table
+from navit_kernels.self_attention.config import ClassConfig, choose_config
 
 
-def launch_of(case: Case) -> Launch:
-    return WIDE if case.width > 80 else choose_config(90, case.width, CLASSES - 1, 16, gluon=True).forward
+def config_of(case: Case) -> ClassConfig:
+    return choose_config(90, case.width, CLASSES - 1, 16, gluon=True)
 
 
 def compile_case(case: Case) -> Compiled:
-    from navit_kernels.self_attention import hopper_forward, launch
+    from navit_kernels.self_attention import hopper_forward
 
     tensors = case.inputs("meta")
-    q, k, v = (tensors[name] for name in ("q", "k", "v"))
-    norms = launch.Norms(
-        NORM_CODES[case.q_kind], tensors.get("q_weight"), tensors.get("q_bias"), 1e-6, NORM_CODES[case.k_kind],
-        tensors.get("k_weight"), 1e-6,
-    )  # fmt: skip
-    plan = case.plan("meta")
-    host_offsets = plan.host_offsets if case.planned else None
-    call = launch.Launcher(q, k, v, norms, case.width**-0.5, plan.items, plan.offsets, host_offsets)
+    q = tensors["q"]
+    call = call_on_meta(case, tensors)
     index = CLASSES - 1
-    chosen = launch_of(case)
+    config = config_of(case)
+    chosen = config.forward
     assert chosen.kernel == "hopper_stream"
     lse = torch.empty(case.heads, q.shape[0], device="meta")
-    fixed_max = norms.k_kind != 0 and case.dtype != FP16
+    fixed_max = config.fixed_max and call.norms.k_kind != 0 and case.dtype != FP16
     (compiled,) = compile_launches(
         "sm_90",
         lambda: hopper_forward.forward_stream(
@@ -64,7 +57,7 @@ def compile_case(case: Case) -> Compiled:
 def test_programs_fit_and_products_are_asynchronous(case: Case) -> None:
     """As many programs side by side as the launch table says, and one wait for each that the code waits for: the
     compiler can serialize products, with a wait after every instruction."""
-    launch = launch_of(case)
+    launch = config_of(case).forward
     assert launch.registers is not None
     one = compile_case(case)
     assert one.spills <= launch.spills, f"spills {one.spills} bytes"

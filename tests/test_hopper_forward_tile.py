@@ -10,9 +10,9 @@ from unittest import mock
 import pytest
 from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches, machine_code
 from attention_checks import BF16, FP16, Case
+from compile_table import call_on_meta
 from test_hopper_backward_tile import PER_MULTIPROCESSOR
 
-from navit_kernels.head_norm import NORM_CODES
 from navit_kernels.plan import CLASS_LIMITS
 from navit_kernels.self_attention.config import Launch, choose_config
 
@@ -25,16 +25,8 @@ def compile_forward(case: Case) -> Compiled:
     """As the launch table has it, for a pack on tensors without memory."""
     from navit_kernels.self_attention import launch
 
-    tensors = case.inputs("meta")
-    q, k, v = (tensors[name] for name in "qkv")
-    norms = launch.Norms(
-        NORM_CODES[case.q_kind], tensors.get("q_weight"), tensors.get("q_bias"), 1e-6, NORM_CODES[case.k_kind],
-        tensors.get("k_weight"), 1e-6,
-    )  # fmt: skip
-    plan = case.plan("meta")
-    assert plan is not None
     with mock.patch.object(launch, "architecture", return_value=90):
-        call = launch.Launcher(q, k, v, norms, case.width**-0.5, plan.items, plan.offsets, plan.host_offsets)
+        call = call_on_meta(case, case.inputs("meta"))
         (compiled,) = compile_launches("sm_90", lambda: launch.forward(call, True))
     assert compiled.name == "hopper_forward_tile"
     return compiled
