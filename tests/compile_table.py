@@ -66,7 +66,8 @@ def launches_of(arch: str, index: int, width: int, dtype: torch.dtype) -> dict[s
     backward = ("backward_tile", "backward_resident", "backward_keys")
     backward += ("hopper_backward_tile", "hopper_backward_resident", "hopper_keys", "hopper_queries")
     names |= dict.fromkeys(backward, config.backward)
-    return names if config.queries is None else names | {"backward_queries": config.queries}
+    queries = ("backward_queries", "hopper_queries")
+    return names if config.queries is None else names | dict.fromkeys(queries, config.queries)
 
 
 def compile_class(arch: str, index: int, width: int, dtype: torch.dtype, kind: str | None) -> list[Compiled]:

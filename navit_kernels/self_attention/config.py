@@ -80,9 +80,7 @@ def choose_config(
         if row == (2, 4):  # with both maxima compiled in, ptxas 12.8 leaves a descriptor of the running one unwritten
             config = replace(config, fixed_max=False)
     if gluon and gluon_backward is not False and row in HOPPER_BACKWARD:
-        backward = HOPPER_BACKWARD[row]
-        if backward.kernel != "hopper_stream" or head_dim == 64:  # the stream has run at no other width yet
-            config = replace(config, backward=backward, queries=None)
+        config = replace(config, backward=HOPPER_BACKWARD[row], queries=HOPPER_QUERIES.get(row))
     return config
 
 
@@ -205,7 +203,12 @@ HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     ),
     (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 356; portable 624"),
     (2, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=256, measured="U128 437; portable 899"),
-    (0, 4): Launch(
-        "hopper_stream", 64, 64, 4, 4, spills=128, measured="ft 671 + 655, U4096 3243 + 2927; portable ft 1731"
-    ),
+    (0, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=128),
+    (1, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192),
+    (2, 4): Launch("hopper_stream", 64, 64, 4, 3, spills=64),
+}
+HOPPER_QUERIES = {  # of the streams above
+    (0, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=336),
+    (1, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=336),
+    (2, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192),
 }

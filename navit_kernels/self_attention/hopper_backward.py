@@ -14,8 +14,8 @@ run under the softmax of the next:
     matrix unit   S₀ dP₀        │ S₁ dP₁ dV₀ a₀       │ S₂ dP₂ dV₁ a₁       │ dV₂ a₂
     registers            P₀ G₀  │          P₁  G₁     │          P₂  G₂     │
 
-Barriers: own_full and own_empty of a warpgroup's rows, full and empty of each stage of what passes, q_full and q_empty
-of the raw q of hopper_queries' epilogue, which comes while the last blocks pass.
+Barriers: own_full and own_empty of a warpgroup's rows, full and empty of each stage of what passes, and q_full for the
+raw q of hopper_queries' epilogue, which comes into the tile that dq leaves by.
 
 Per-row numbers pass by TMA, too, whose starts are multiples of 16 bytes: backward_prepare writes them item by item,
 padded to TILE: rows (items, H, TILE / BLOCK, 2, BLOCK) of (lse, Δ), lse = +inf past the end, and sizes (items, H, TILE)
@@ -38,6 +38,12 @@ from .hopper_backward_queries import hopper_queries
 from .hopper_steps import PART, parts, ragged, shared_layout
 from .hopper_stream_steps import BLOCK
 
+SCHEDULES = (  # up to a width: hopper_keys' and hopper_queries' HOLD, hopper_keys' DEPTH, hopper_queries' UNROLL
+    (64, (True, True), 1, 2),
+    (80, (False, True), 1, 1),
+    (128, (False, False), 0, 1),
+)
+
 
 def numbers(x: Tensor) -> TensorDescriptor:
     """Loads BLOCK float32 numbers."""
@@ -45,11 +51,15 @@ def numbers(x: Tensor) -> TensorDescriptor:
 
 
 def backward_stream(
-    call: Any, index: int, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, r: Tensor, rows: Tensor, sizes: Tensor,
-    partials: Tensor, splits: int, weight_grads: bool, *, stages: int, registers: int = 240,
+    call: Any, index: int, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, rows: Tensor, sizes: Tensor,
+    partials: Tensor, splits: int, weight_grads: bool, *, stages: tuple[int, int],
+    hold: tuple[bool, bool] | None = None, depth: int | None = None, unroll: int | None = None, registers: int = 240,
 ) -> None:  # fmt: skip
-    """dk and dv, then dq over u. rows and sizes are backward_prepare's."""
+    """dk and dv, then dq over u. rows and sizes are backward_prepare's; stages those of hopper_keys and of
+    hopper_queries. What else there is to choose is a matter of registers, which a head's width takes (HOLDS)."""
     norms = call.norms
+    usual = next(choice for width, *choice in SCHEDULES if call.width <= width)
+    hold, depth, unroll = (b if a is None else a for a, b in zip((hold, depth, unroll), usual, strict=True))
     first, second = parts(max(call.width, PART.value))
     tensors = dict(q=call.q, k=call.k, v=call.v, dout=dout, dq=dq, dk=dk, dv=dv)
     halves = {f"{name}_1": ragged(x, BLOCK.value, first) for name, x in tensors.items()}
@@ -62,16 +72,18 @@ def backward_stream(
     grid = (min(items * call.heads, multiprocessors(call.q.device)),)
     common = dict(
         **call.work(index), items=items, score_scale=call.score_scale, H=call.heads, D=call.width, D2=second,
-        K_NORM=norms.k_kind, FOLD=call.fold, STAGES=stages, REGISTERS=registers, num_warps=4,
+        K_NORM=norms.k_kind, FOLD=call.fold, REGISTERS=registers, num_warps=4,
     )  # fmt: skip
     launch_kernel(
         hopper_keys, grid,
         **descriptors("k", "v", "dout", "dk", "dv"), u_1=halves["dq_1"], u_2=halves["dq_2"], rows_in=numbers(rows),
-        r_ptr=r, key_factor=call.key_factor, k_eps=norms.k_eps, **common,
+        sizes_in=numbers(sizes), key_factor=call.key_factor, k_eps=norms.k_eps, STAGES=stages[0], HOLD=hold[0],
+        DEPTH=depth, **common,
     )  # fmt: skip
     launch_kernel(
         hopper_queries, grid,
-        **descriptors("k", "v", "q", "dout", "dq"), sizes_in=numbers(sizes), rows_ptr=rows, partials_ptr=partials,
-        softmax_scale=call.softmax_scale, q_eps=norms.q_eps, **call.weights(), Q_NORM=norms.q_kind,
-        WEIGHT_GRADS=weight_grads, SPLITS=splits, **common,
+        **descriptors("k", "v", "q", "dout", "dq"), rows_in=numbers(rows), sizes_in=numbers(sizes),
+        partials_ptr=partials, softmax_scale=call.softmax_scale, q_eps=norms.q_eps, **call.weights(),
+        Q_NORM=norms.q_kind, WEIGHT_GRADS=weight_grads, SPLITS=splits, STAGES=stages[1], HOLD=hold[1], UNROLL=unroll,
+        **common,
     )  # fmt: skip

@@ -11,7 +11,12 @@ from .hopper_stream_steps import (
     BLOCK,
     GROUPS,
     barriers,
+    finish,
+    finish_three,
+    finish_two,
+    kept,
     left_operand,
+    pass_by,
     read_item,
     tiles_of,
     zeros,
@@ -23,50 +28,83 @@ from .hopper_tile_steps import (
     load_block,
     matrix,
     operand,
+    read,
+    row_statistics,
     start_adding,
     start_scores,
     store_block,
     unit_rows_backward,
+    wait_for,
+    widen,
     write,
 )
 from .steps import NONE
 
 
 @gluon.jit
-def finish(first, second, held, LATER: gl.constexpr):
-    """Two products, and what they or the next ones read, once at most LATER others are under way."""
-    if len(first) == 1:
-        x, y, held = warpgroup_mma_wait(LATER, deps=[first[0], second[0], held])
-        return (x,), (y,), held
-    else:
-        x_1, x_2, y_1, y_2, held = warpgroup_mma_wait(LATER, deps=[first[0], first[1], second[0], second[1], held])
-        return (x_1, x_2), (y_1, y_2), held
+def keys_step(
+    s_now, g, a, dv, k, v, scale, zero, u_tiles, dout_tiles, lse_tiles, delta_tiles, full, empty, step,
+    D2: gl.constexpr, STAGES: gl.constexpr, left: gl.constexpr,
+):  # fmt: skip
+    """The softmax of block `step`, whose scores are there; meanwhile its dP, the scores of the next block and the last
+    one's part of a; then its part of dv."""
+    PARTS: gl.constexpr = 2 if D2 else 1
+    of_col: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
+    s_old = (step - 1) % STAGES
+    s = step % STAGES
+    s_next = (step + 1) % STAGES
+    phase = ((step + 1) // STAGES) & 1
+    dout = matrix(dout_tiles, s, BLOCK, D2)
+    mbarrier.wait(full.index(s_next), phase)
+    dp_now = start_scores(v, dout, zero)
+    s_new = start_scores(k, matrix(u_tiles, s_next, BLOCK, D2), zero)
+    a_now = start_adding(g, matrix(u_tiles, s_old, BLOCK, D2), a)
+    lse = lse_tiles.index(s).load(of_col)
+    p = operand(gl.exp2(s_now * scale[:, None] - lse[None, :]), g.dtype, left)
+    dv_now = start_adding(p, dout, dv)
+    delta = delta_tiles.index(s).load(of_col)
+    # p is a dep of the wait, and a wait for what has long come stands before it: the compiler moves the softmax over
+    # neither
+    mbarrier.wait(full.index(s_next), phase)
+    dp_now, p = warpgroup_mma_wait(3 * PARTS, deps=[dp_now, p])
+    p_32 = widen(gl.convert_layout(p, zero.type.layout))
+    g_new = operand(p_32 * (dp_now - delta[None, :]), g.dtype, left)
+    mbarrier.wait(full.index(s_next), phase)
+    s_new, a, dv, g_new = finish_three(s_new, a_now, dv_now, g_new)
+    mbarrier.arrive(empty.index(s_old), count=1)
+    return s_new, g_new, a, dv
 
 
 @gluon.jit
 def keys_loader(
-    k_in, v_in, u_in, dout_in, rows_in, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles, u_tiles,
-    dout_tiles, lse_tiles, delta_tiles, own_full, own_empty, full, empty, H: gl.constexpr, D2: gl.constexpr,
-    STAGES: gl.constexpr,
+    k_in, v_in, u_in, dout_in, rows_in, sizes_in, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles,
+    size_tiles, u_tiles, dout_tiles, lse_tiles, delta_tiles, own_full, own_empty, full, empty, H: gl.constexpr,
+    D2: gl.constexpr, K_NORM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     BYTES: gl.constexpr = 2 * BLOCK * (PART + D2) * 2
+    SIZE_BYTES: gl.constexpr = BLOCK * 4 if K_NORM != NONE else 0
     TILE_ROWS: gl.constexpr = BLOCK * GROUPS
     step = 0
     turn = 0
+    following = read_item(items_ptr, first_item, gl.program_id(0), work, H, tokens, tokens_k)
     for w in range(gl.program_id(0), work, gl.num_programs(0)):
         item = w // H
         h = w % H
-        q_start, q_length, k_start, k_length, tile = read_item(items_ptr, first_item + item, tokens, tokens_k)
+        q_start, q_length, k_start, k_length, tile = following
+        following = read_item(items_ptr, first_item, w + gl.num_programs(0), work, H, tokens, tokens_k)
         if tile * TILE_ROWS < k_length:
             for g in gl.static_range(GROUPS):
                 row = tile * TILE_ROWS + g * BLOCK
                 mbarrier.wait(own_empty.index(g), (turn & 1) ^ 1)
-                mbarrier.expect(own_full.index(g), BYTES)
+                mbarrier.expect(own_full.index(g), BYTES + SIZE_BYTES)
                 load_block(k_in, k_tiles, g, own_full.index(g), k_start, k_length, row, h)
                 load_block(v_in, v_tiles, g, own_full.index(g), k_start, k_length, row, h)
+                if K_NORM != NONE:
+                    at = ((item * H + h) * GROUPS + g) * BLOCK
+                    load_tile(sizes_in, [at], own_full.index(g), size_tiles.index(g))
             turn += 1
             first_rows = (item - tile) * H + h  # of the segment's first item
-            for j in range(gl.maximum(gl.cdiv(q_length, BLOCK), 1)):
+            for j in range(gl.maximum(gl.cdiv(q_length, BLOCK), 2)):
                 s = step % STAGES
                 at = ((first_rows + j // GROUPS * H) * GROUPS + j % GROUPS) * 2 * BLOCK
                 mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
@@ -80,13 +118,14 @@ def keys_loader(
 
 @gluon.jit
 def keys_owner(
-    GROUP: gl.constexpr, dk_out, dv_out, r_ptr, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles,
+    GROUP: gl.constexpr, dk_out, dv_out, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles, size_tiles,
     u_tiles, dout_tiles, lse_tiles, delta_tiles, out_tiles, own_full, own_empty, full, empty, score_scale, key_factor,
     k_eps, H: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, K_NORM: gl.constexpr, FOLD: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, HOLD: gl.constexpr, DEPTH: gl.constexpr,
 ):  # fmt: skip
     TILE_ROWS: gl.constexpr = BLOCK * GROUPS
     PARTS: gl.constexpr = 2 if D2 else 1
+    UNROLL: gl.constexpr = DEPTH - 1 if DEPTH > 1 else 0
     DTYPE: gl.constexpr = k_tiles[0].dtype
     mma_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     mma_2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2 or 16, 16])
@@ -97,102 +136,188 @@ def keys_owner(
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, mma_1)
     step = 0
     turn = 0
+    following = read_item(items_ptr, first_item, gl.program_id(0), work, H, tokens, tokens_k)
     for w in range(gl.program_id(0), work, gl.num_programs(0)):
-        item = w // H
         h = w % H
-        _, q_length, k_start, k_length, tile = read_item(items_ptr, first_item + item, tokens, tokens_k)
+        _, q_length, k_start, k_length, tile = following
+        following = read_item(items_ptr, first_item, w + gl.num_programs(0), work, H, tokens, tokens_k)
         if tile * TILE_ROWS < k_length:
             row = tile * TILE_ROWS + GROUP * BLOCK
-            blocks = gl.maximum(gl.cdiv(q_length, BLOCK), 1)
-            rows = row + gl.arange(0, BLOCK, of_row)
-            if K_NORM != NONE:
-                pairs = r_ptr + (h.to(gl.int64) * tokens_k + k_start + rows) * 2
-                r = gl.load(pairs, mask=rows < k_length, other=0.0)
-                mean = gl.load(pairs + 1, mask=rows < k_length, other=0.0)
-                scale = r
-            else:
-                r = gl.full([BLOCK], 1.0, gl.float32, of_row)
-                mean = gl.zeros_like(r)
-                scale = r
-            if not FOLD:
-                scale = scale * score_scale
+            blocks = kept(gl.maximum(gl.cdiv(q_length, BLOCK), 2))
             mbarrier.wait(own_full.index(GROUP), turn & 1)
-            k = left_operand(matrix(k_tiles, GROUP, BLOCK, D2), layouts)
-            v = left_operand(matrix(v_tiles, GROUP, BLOCK, D2), layouts)
-            mbarrier.arrive(own_empty.index(GROUP), count=1)
+            if row < k_length:
+                k = left_operand(matrix(k_tiles, GROUP, BLOCK, D2), layouts, HOLD)
+                v = left_operand(matrix(v_tiles, GROUP, BLOCK, D2), layouts, HOLD)
+                if K_NORM != NONE:
+                    scale = size_tiles.index(GROUP).load(of_row)
+                else:
+                    scale = gl.full([BLOCK], 1.0, gl.float32, of_row)
+                if not FOLD:
+                    scale = scale * score_scale
+                if HOLD:
+                    mbarrier.arrive(own_empty.index(GROUP), count=1)
+                dv = zeros(layouts, D2)
+                a = zeros(layouts, D2)
+
+                if UNROLL:
+                    # the first block, and the scores of the second
+                    s = step % STAGES
+                    s_next = (step + 1) % STAGES
+                    u = matrix(u_tiles, s, BLOCK, D2)
+                    dout = matrix(dout_tiles, s, BLOCK, D2)
+                    mbarrier.wait(full.index(s), (step // STAGES) & 1)
+                    s_now = start_scores(k, u, zero)
+                    dp_now = start_scores(v, dout, zero)
+                    mbarrier.wait(full.index(s_next), ((step + 1) // STAGES) & 1)
+                    s_new = start_scores(k, matrix(u_tiles, s_next, BLOCK, D2), zero)
+                    lse = lse_tiles.index(s).load(of_col)
+                    s_now = warpgroup_mma_wait(2 * PARTS, deps=[s_now])
+                    p = operand(gl.exp2(s_now * scale[:, None] - lse[None, :]), DTYPE, left)
+                    dv_now = start_adding(p, dout, dv)
+                    delta = delta_tiles.index(s).load(of_col)
+                    dp_now, p = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p])
+                    p_32 = widen(gl.convert_layout(p, mma_1))
+                    g = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
+                    mbarrier.wait(full.index(s_next), ((step + 1) // STAGES) & 1)
+                    s_now, dv, g = finish(s_new, dv_now, g)
+                    step += 1
+                    for _ in range((blocks - 2) // UNROLL):
+                        for _i in gl.static_range(UNROLL):
+                            s_now, g, a, dv = keys_step(
+                                s_now, g, a, dv, k, v, scale, zero, u_tiles, dout_tiles, lse_tiles, delta_tiles, full,
+                                empty, step, D2, STAGES, left,
+                            )  # fmt: skip
+                            step += 1
+                    for _ in range((blocks - 2) % UNROLL):
+                        s_now, g, a, dv = keys_step(
+                            s_now, g, a, dv, k, v, scale, zero, u_tiles, dout_tiles, lse_tiles, delta_tiles, full,
+                            empty, step, D2, STAGES, left,
+                        )  # fmt: skip
+                        step += 1
+                    # the last block
+                    s = (step - 1) % STAGES
+                    s_next = step % STAGES
+                    phase = (step // STAGES) & 1
+                    u_old = matrix(u_tiles, s, BLOCK, D2)
+                    u = matrix(u_tiles, s_next, BLOCK, D2)
+                    dout = matrix(dout_tiles, s_next, BLOCK, D2)
+                    dp_now = start_scores(v, dout, zero)
+                    a_now = start_adding(g, u_old, a)
+                    lse = lse_tiles.index(s_next).load(of_col)
+                    p = operand(gl.exp2(s_now * scale[:, None] - lse[None, :]), DTYPE, left)
+                    dv_now = start_adding(p, dout, dv)
+                    delta = delta_tiles.index(s_next).load(of_col)
+                    mbarrier.wait(full.index(s_next), phase)
+                    dp_now, p = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p])
+                    p_32 = widen(gl.convert_layout(p, mma_1))
+                    g_new = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
+                    mbarrier.wait(full.index(s_next), phase)
+                    dv, a, g = finish_two(dv_now, a_now, g_new)
+                    mbarrier.arrive(empty.index(s), count=1)
+                    a = wait_for(start_adding(g, u, a), 0)
+                    mbarrier.arrive(empty.index(s_next), count=1)
+                    step += 1
+                elif DEPTH == 0:
+                    for _ in range(blocks):
+                        s = step % STAGES
+                        phase = (step // STAGES) & 1
+                        u = matrix(u_tiles, s, BLOCK, D2)
+                        dout = matrix(dout_tiles, s, BLOCK, D2)
+                        mbarrier.wait(full.index(s), phase)
+                        s_now = start_scores(k, u, zero)
+                        dp_now = start_scores(v, dout, zero)
+                        lse = lse_tiles.index(s).load(of_col)
+                        s_now = warpgroup_mma_wait(PARTS, deps=[s_now])
+                        p = operand(gl.exp2(s_now * scale[:, None] - lse[None, :]), DTYPE, left)
+                        dv_now = start_adding(p, dout, dv)
+                        delta = delta_tiles.index(s).load(of_col)
+                        mbarrier.wait(full.index(s), phase)
+                        dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
+                        p_32 = widen(gl.convert_layout(p, mma_1))
+                        g = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
+                        a_now = start_adding(g, u, a)
+                        dv, a, g = finish_two(dv_now, a_now, g)
+                        mbarrier.arrive(empty.index(s), count=1)
+                        step += 1
+                else:
+                    s = step % STAGES
+                    phase = (step // STAGES) & 1
+                    u = matrix(u_tiles, s, BLOCK, D2)
+                    dout = matrix(dout_tiles, s, BLOCK, D2)
+                    mbarrier.wait(full.index(s), phase)
+                    s_now = start_scores(k, u, zero)
+                    dp_now = start_scores(v, dout, zero)
+                    lse = lse_tiles.index(s).load(of_col)
+                    s_now = warpgroup_mma_wait(PARTS, deps=[s_now])
+                    p_32 = gl.exp2(s_now * scale[:, None] - lse[None, :])
+                    p = operand(p_32, DTYPE, left)
+                    delta = delta_tiles.index(s).load(of_col)
+                    dp_now = warpgroup_mma_wait(0, deps=[dp_now])
+                    g = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
+                    for _ in range(1, blocks):
+                        s_old = s
+                        u_old = u
+                        dout_old = dout
+                        step += 1
+                        s = step % STAGES
+                        phase = (step // STAGES) & 1
+                        u = matrix(u_tiles, s, BLOCK, D2)
+                        dout = matrix(dout_tiles, s, BLOCK, D2)
+                        mbarrier.wait(full.index(s), phase)
+                        s_now = start_scores(k, u, zero)
+                        dp_now = start_scores(v, dout, zero)
+                        dv_now = start_adding(p, dout_old, dv)
+                        a_now = start_adding(g, u_old, a)
+                        lse = lse_tiles.index(s).load(of_col)
+                        s_now = warpgroup_mma_wait(3 * PARTS, deps=[s_now])
+                        p_32 = gl.exp2(s_now * scale[:, None] - lse[None, :])
+                        p_new = operand(p_32, DTYPE, left)
+                        delta = delta_tiles.index(s).load(of_col)
+                        # p_32 is a dep of the wait, and a wait for what has long come stands before it: the compiler
+                        # moves the softmax over neither
+                        mbarrier.wait(full.index(s), phase)
+                        dp_now, p_32 = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p_32])
+                        g_new = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
+                        mbarrier.wait(full.index(s), phase)
+                        dv, a, g_new = finish_two(dv_now, a_now, g_new)
+                        mbarrier.arrive(empty.index(s_old), count=1)
+                        p = p_new
+                        g = g_new
+                    dv_now = start_adding(p, dout, dv)
+                    a_now = start_adding(g, u, a)
+                    dv, a, g = finish_two(dv_now, a_now, g)
+                    mbarrier.arrive(empty.index(s), count=1)
+                    step += 1
+
+                tma.store_wait(0)
+                write(matrix(out_tiles, GROUP * 2, BLOCK, D2), dv)
+                store_block(dv_out, out_tiles, GROUP * 2, k_start, k_length, row, h)
+                if HOLD:
+                    k_hat = from_operands(k, layouts)
+                else:
+                    k_hat = read(k, layouts)
+                    mbarrier.arrive(own_empty.index(GROUP), count=1)
+                r, offset = row_statistics(k_hat, k_eps, K_NORM, D)
+                if K_NORM != NONE:
+                    k_hat = affine_rows(k_hat, r, offset, D)
+                write(
+                    matrix(out_tiles, GROUP * 2 + 1, BLOCK, D2),
+                    unit_rows_backward(a, k_hat, r, key_factor, k_eps, K_NORM, D),
+                )
+                store_block(dk_out, out_tiles, GROUP * 2 + 1, k_start, k_length, row, h)
+            else:  # rows past the end alone
+                mbarrier.arrive(own_empty.index(GROUP), count=1)
+                step = pass_by(full, empty, step, blocks, STAGES)
             turn += 1
-            dv = zeros(layouts, D2)
-            a = zeros(layouts, D2)
-
-            s = step % STAGES
-            phase = (step // STAGES) & 1
-            u = matrix(u_tiles, s, BLOCK, D2)
-            dout = matrix(dout_tiles, s, BLOCK, D2)
-            mbarrier.wait(full.index(s), phase)
-            s_now = start_scores(k, u, zero)
-            dp_now = start_scores(v, dout, zero)
-            lse = lse_tiles.index(s).load(of_col)
-            s_now = warpgroup_mma_wait(PARTS, deps=[s_now])
-            p_32 = gl.exp2(s_now * scale[:, None] - lse[None, :])
-            p = operand(p_32, DTYPE, left)
-            delta = delta_tiles.index(s).load(of_col)
-            dp_now = warpgroup_mma_wait(0, deps=[dp_now])
-            g = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
-            for _ in range(1, blocks):
-                s_old = s
-                u_old = u
-                dout_old = dout
-                step += 1
-                s = step % STAGES
-                phase = (step // STAGES) & 1
-                u = matrix(u_tiles, s, BLOCK, D2)
-                dout = matrix(dout_tiles, s, BLOCK, D2)
-                mbarrier.wait(full.index(s), phase)
-                s_now = start_scores(k, u, zero)
-                dp_now = start_scores(v, dout, zero)
-                dv_now = start_adding(p, dout_old, dv)
-                a_now = start_adding(g, u_old, a)
-                lse = lse_tiles.index(s).load(of_col)
-                s_now = warpgroup_mma_wait(3 * PARTS, deps=[s_now])
-                p_32 = gl.exp2(s_now * scale[:, None] - lse[None, :])
-                p_new = operand(p_32, DTYPE, left)
-                delta = delta_tiles.index(s).load(of_col)
-                # p_32 is a dep of the wait, and a wait for what has long come stands before it: the compiler moves
-                # the softmax over neither
-                mbarrier.wait(full.index(s), phase)
-                dp_now, p_32 = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p_32])
-                g_new = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
-                mbarrier.wait(full.index(s), phase)
-                dv, a, g_new = finish(dv_now, a_now, g_new, 0)
-                mbarrier.arrive(empty.index(s_old), count=1)
-                p = p_new
-                g = g_new
-            dv_now = start_adding(p, dout, dv)
-            a_now = start_adding(g, u, a)
-            dv, a, g = finish(dv_now, a_now, g, 0)
-            mbarrier.arrive(empty.index(s), count=1)
-            step += 1
-
-            tma.store_wait(0)
-            write(matrix(out_tiles, GROUP * 2, BLOCK, D2), dv)
-            store_block(dv_out, out_tiles, GROUP * 2, k_start, k_length, row, h)
-            k_hat = from_operands(k, layouts)
-            if K_NORM != NONE:
-                k_hat = affine_rows(k_hat, r, -mean * r, D)
-            write(
-                matrix(out_tiles, GROUP * 2 + 1, BLOCK, D2),
-                unit_rows_backward(a, k_hat, r, key_factor, k_eps, K_NORM, D),
-            )
-            store_block(dk_out, out_tiles, GROUP * 2 + 1, k_start, k_length, row, h)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k"])
 def hopper_keys(
-    k_1, v_1, u_1, dout_1, dk_1, dv_1, k_2, v_2, u_2, dout_2, dk_2, dv_2, rows_in, r_ptr, items_ptr, offsets_ptr,
+    k_1, v_1, u_1, dout_1, dk_1, dv_1, k_2, v_2, u_2, dout_2, dk_2, dv_2, rows_in, sizes_in, items_ptr, offsets_ptr,
     first_item, items, tokens, tokens_k, score_scale, key_factor, k_eps, H: gl.constexpr, D: gl.constexpr,
     D2: gl.constexpr, K_NORM: gl.constexpr, FOLD: gl.constexpr, CLASS: gl.constexpr, ON_DEVICE: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, HOLD: gl.constexpr, DEPTH: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     if ON_DEVICE:
         first_item = gl.load(offsets_ptr + CLASS)
@@ -203,6 +328,7 @@ def hopper_keys(
     out_tiles = tiles_of(k_1, k_2, 2 * GROUPS, D2)
     u_tiles = tiles_of(k_1, k_2, STAGES, D2)
     dout_tiles = tiles_of(k_1, k_2, STAGES, D2)
+    size_tiles = gl.allocate_shared_memory(gl.float32, [GROUPS, BLOCK], sizes_in.layout)
     lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], rows_in.layout)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], rows_in.layout)
     own_full, own_empty = barriers(GROUPS, 1), barriers(GROUPS, 1)
@@ -215,18 +341,19 @@ def hopper_keys(
     gl.warp_specialize(
         [
             (keys_owner, (
-                0, dk_out, dv_out, r_ptr, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles, u_tiles,
+                0, dk_out, dv_out, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles, size_tiles, u_tiles,
                 dout_tiles, lse_tiles, delta_tiles, out_tiles, own_full, own_empty, full, empty, score_scale,
-                key_factor, k_eps, H, D, D2, K_NORM, FOLD, STAGES,
+                key_factor, k_eps, H, D, D2, K_NORM, FOLD, STAGES, HOLD, DEPTH,
             )),
             (keys_owner, (
-                1, dk_out, dv_out, r_ptr, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles, u_tiles,
+                1, dk_out, dv_out, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles, size_tiles, u_tiles,
                 dout_tiles, lse_tiles, delta_tiles, out_tiles, own_full, own_empty, full, empty, score_scale,
-                key_factor, k_eps, H, D, D2, K_NORM, FOLD, STAGES,
+                key_factor, k_eps, H, D, D2, K_NORM, FOLD, STAGES, HOLD, DEPTH,
             )),
             (keys_loader, (
-                k_in, v_in, u_in, dout_in, rows_in, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles,
-                u_tiles, dout_tiles, lse_tiles, delta_tiles, own_full, own_empty, full, empty, H, D2, STAGES,
+                k_in, v_in, u_in, dout_in, rows_in, sizes_in, items_ptr, first_item, work, tokens, tokens_k, k_tiles,
+                v_tiles, size_tiles, u_tiles, dout_tiles, lse_tiles, delta_tiles, own_full, own_empty, full, empty, H,
+                D2, K_NORM, STAGES,
             )),
         ],
         [4, 1],

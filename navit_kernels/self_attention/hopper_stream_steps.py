@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from .hopper_steps import PART
 
@@ -14,13 +14,22 @@ GROUPS = gl.constexpr(2)  # warpgroups of a program; BLOCK · GROUPS = TILE
 
 
 @gluon.jit
-def read_item(items_ptr, item, tokens, tokens_k):
-    base = items_ptr + item * 8
+def read_item(items_ptr, first_item, w, work, H: gl.constexpr, tokens, tokens_k):
+    """Of the w-th pair of an item and a head: (q_start, q_length, k_start, k_length, tile). Read one pair ahead, as
+    the loads take a microsecond; past the last pair it is the last one's."""
+    base = items_ptr + (first_item + gl.minimum(w, work - 1) // H) * 8
     q_start, k_start = gl.load(base), gl.load(base + 2)
     # a plan of other lengths must not lead outside the tensors
     q_length = gl.minimum(gl.load(base + 1), tokens - q_start)
     k_length = gl.minimum(gl.load(base + 3), tokens_k - k_start)
     return q_start, q_length, k_start, k_length, gl.load(base + 4)
+
+
+@gluon.jit
+def kept(x):
+    """x, by an instruction that has to stay. What a loop hands on to its next round and only bounds a loop inside it,
+    Triton takes for unused, and keeps the first round's (triton-lang/triton#9036)."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -41,13 +50,27 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def left_operand(x, layouts):
-    """A matrix in shared memory as left operand in registers."""
-    first = x[0].load(gl.DotOperandLayout(0, layouts[0], 2))
-    if len(x) == 1:
-        return (first,)
+def pass_by(full, empty, step, blocks, STAGES: gl.constexpr):
+    """Let all blocks pass unused; returns the next step."""
+    for _ in range(blocks):
+        s = step % STAGES
+        mbarrier.wait(full.index(s), (step // STAGES) & 1)
+        mbarrier.arrive(empty.index(s), count=1)
+        step += 1
+    return step
+
+
+@gluon.jit
+def left_operand(x, layouts, HOLD: gl.constexpr):
+    """A matrix in shared memory as left operand, in registers with HOLD."""
+    if not HOLD:
+        return x
     else:
-        return (first, x[1].load(gl.DotOperandLayout(0, layouts[0], 2)))
+        first = x[0].load(gl.DotOperandLayout(0, layouts[0], 2))
+        if len(x) == 1:
+            return (first,)
+        else:
+            return (first, x[1].load(gl.DotOperandLayout(0, layouts[0], 2)))
 
 
 @gluon.jit
@@ -57,3 +80,34 @@ def zeros(layouts, D2: gl.constexpr):
         return (first,)
     else:
         return (first, gl.zeros([BLOCK, D2], gl.float32, layouts[1]))
+
+
+@gluon.jit
+def finish(scores, product, held):
+    """All that is under way, once it is there, and `held`, computed meanwhile."""
+    if len(product) == 1:
+        scores, first, held = warpgroup_mma_wait(0, deps=[scores, product[0], held])
+        return scores, (first,), held
+    else:
+        scores, first, second, held = warpgroup_mma_wait(0, deps=[scores, product[0], product[1], held])
+        return scores, (first, second), held
+
+
+@gluon.jit
+def finish_two(x, y, held):
+    if len(x) == 1:
+        x_1, y_1, held = warpgroup_mma_wait(0, deps=[x[0], y[0], held])
+        return (x_1,), (y_1,), held
+    else:
+        x_1, x_2, y_1, y_2, held = warpgroup_mma_wait(0, deps=[x[0], x[1], y[0], y[1], held])
+        return (x_1, x_2), (y_1, y_2), held
+
+
+@gluon.jit
+def finish_three(scores, x, y, held):
+    if len(x) == 1:
+        scores, x_1, y_1, held = warpgroup_mma_wait(0, deps=[scores, x[0], y[0], held])
+        return scores, (x_1,), (y_1,), held
+    else:
+        scores, x_1, x_2, y_1, y_2, held = warpgroup_mma_wait(0, deps=[scores, x[0], x[1], y[0], y[1], held])
+        return scores, (x_1, x_2), (y_1, y_2), held

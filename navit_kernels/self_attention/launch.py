@@ -321,8 +321,8 @@ def backward(
             from . import hopper_backward
 
             hopper_backward.backward_stream(
-                call, index, dout, dq, dk, dv, r_or_any, row_numbers, sizes, partials, splits, weight_grads,
-                stages=launch.stages,
+                call, index, dout, dq, dk, dv, row_numbers, sizes, partials, splits, weight_grads,
+                stages=(launch.stages, queries.stages),
             )  # fmt: skip
             continue
         launch_kernel(
