@@ -7,12 +7,15 @@ of TILE rows and one head after another. One warp loads (TMA); two warpgroups ow
     hopper_keys     own k, v; u, dO, lse, Δ pass      Sᵀ = K·uᵀ   dPᵀ = V·dOᵀ   dV += Pᵀ·dO   a += Gᵀ·u
     hopper_queries  own u, dO; k, v, r pass           S = u·Kᵀ    dP = dO·Vᵀ    du += G·K
 
-The rows a warpgroup owns are the left operands of the first two products and stay in registers, as do P and G, left
-operands of the others: in the loop nothing is written to shared memory. The products of one block that take P and G
-run under the softmax of the next:
+P and G, left operands, stay in registers: in the loop nothing is written to shared memory. So do, where a head is
+narrow enough (HOLD), the rows a warpgroup owns, left operands of the first two products. Beside the other warpgroup's
+products, what runs under the softmax of a block is what takes the last one's P and G (in hopper_keys with OVERLAP
+alone) and, in hopper_queries, the next one's scores:
 
-    matrix unit   S₀ dP₀        │ S₁ dP₁ dV₀ a₀       │ S₂ dP₂ dV₁ a₁       │ dV₂ a₂
+    matrix unit   S₀ dP₀        │ S₁ dP₁ dV₀ a₀       │ S₂ dP₂ dV₁ a₁       │ dV₂ a₂          hopper_keys
     registers            P₀ G₀  │          P₁  G₁     │          P₂  G₂     │
+    matrix unit   S₀ dP₀ S₁     │ dP₁ S₂ du₀          │ dP₂ du₁             │ du₂             hopper_queries
+    registers         P₀    G₀  │ P₁     G₁           │ P₂      G₂          │
 
 Barriers: own_full and own_empty of a warpgroup's rows, full and empty of each stage of what passes, and q_full for the
 raw q of hopper_queries' epilogue, which comes into the tile that dq leaves by.
@@ -38,10 +41,12 @@ from .hopper_backward_queries import hopper_queries
 from .hopper_steps import PART, parts, ragged, shared_layout
 from .hopper_stream_steps import BLOCK
 
-SCHEDULES = (  # up to a width: hopper_keys' and hopper_queries' HOLD, hopper_keys' DEPTH, hopper_queries' UNROLL
-    (64, (True, True), 1, 2),
-    (80, (False, True), 1, 1),
-    (128, (False, False), 0, 1),
+# Up to a width, what fits registers: HOLD of hopper_keys and of hopper_queries, hopper_keys' OVERLAP, hopper_queries'
+# UNROLL, blocks of a turn of its loop.
+SCHEDULES = (
+    (64, (True, True), True, 2),
+    (80, (False, True), True, 1),
+    (128, (False, False), False, 1),
 )
 
 
@@ -52,14 +57,12 @@ def numbers(x: Tensor) -> TensorDescriptor:
 
 def backward_stream(
     call: Any, index: int, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, rows: Tensor, sizes: Tensor,
-    partials: Tensor, splits: int, weight_grads: bool, *, stages: tuple[int, int],
-    hold: tuple[bool, bool] | None = None, depth: int | None = None, unroll: int | None = None, registers: int = 240,
+    partials: Tensor, splits: int, weight_grads: bool, *, stages: tuple[int, int], registers: int = 240,
 ) -> None:  # fmt: skip
     """dk and dv, then dq over u. rows and sizes are backward_prepare's; stages those of hopper_keys and of
-    hopper_queries. What else there is to choose is a matter of registers, which a head's width takes (HOLDS)."""
+    hopper_queries."""
     norms = call.norms
-    usual = next(choice for width, *choice in SCHEDULES if call.width <= width)
-    hold, depth, unroll = (b if a is None else a for a, b in zip((hold, depth, unroll), usual, strict=True))
+    hold, overlap, unroll = next(schedule for width, *schedule in SCHEDULES if call.width <= width)
     first, second = parts(max(call.width, PART.value))
     tensors = dict(q=call.q, k=call.k, v=call.v, dout=dout, dq=dq, dk=dk, dv=dv)
     halves = {f"{name}_1": ragged(x, BLOCK.value, first) for name, x in tensors.items()}
@@ -78,7 +81,7 @@ def backward_stream(
         hopper_keys, grid,
         **descriptors("k", "v", "dout", "dk", "dv"), u_1=halves["dq_1"], u_2=halves["dq_2"], rows_in=numbers(rows),
         sizes_in=numbers(sizes), key_factor=call.key_factor, k_eps=norms.k_eps, STAGES=stages[0], HOLD=hold[0],
-        DEPTH=depth, **common,
+        OVERLAP=overlap, **common,
     )  # fmt: skip
     launch_kernel(
         hopper_queries, grid,

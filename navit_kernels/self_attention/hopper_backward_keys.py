@@ -11,9 +11,6 @@ from .hopper_stream_steps import (
     BLOCK,
     GROUPS,
     barriers,
-    finish,
-    finish_three,
-    finish_two,
     kept,
     left_operand,
     pass_by,
@@ -34,7 +31,6 @@ from .hopper_tile_steps import (
     start_scores,
     store_block,
     unit_rows_backward,
-    wait_for,
     widen,
     write,
 )
@@ -42,37 +38,14 @@ from .steps import NONE
 
 
 @gluon.jit
-def keys_step(
-    s_now, g, a, dv, k, v, scale, zero, u_tiles, dout_tiles, lse_tiles, delta_tiles, full, empty, step,
-    D2: gl.constexpr, STAGES: gl.constexpr, left: gl.constexpr,
-):  # fmt: skip
-    """The softmax of block `step`, whose scores are there; meanwhile its dP, the scores of the next block and the last
-    one's part of a; then its part of dv."""
-    PARTS: gl.constexpr = 2 if D2 else 1
-    of_col: gl.constexpr = gl.SliceLayout(0, zero.type.layout)
-    s_old = (step - 1) % STAGES
-    s = step % STAGES
-    s_next = (step + 1) % STAGES
-    phase = ((step + 1) // STAGES) & 1
-    dout = matrix(dout_tiles, s, BLOCK, D2)
-    mbarrier.wait(full.index(s_next), phase)
-    dp_now = start_scores(v, dout, zero)
-    s_new = start_scores(k, matrix(u_tiles, s_next, BLOCK, D2), zero)
-    a_now = start_adding(g, matrix(u_tiles, s_old, BLOCK, D2), a)
-    lse = lse_tiles.index(s).load(of_col)
-    p = operand(gl.exp2(s_now * scale[:, None] - lse[None, :]), g.dtype, left)
-    dv_now = start_adding(p, dout, dv)
-    delta = delta_tiles.index(s).load(of_col)
-    # p is a dep of the wait, and a wait for what has long come stands before it: the compiler moves the softmax over
-    # neither
-    mbarrier.wait(full.index(s_next), phase)
-    dp_now, p = warpgroup_mma_wait(3 * PARTS, deps=[dp_now, p])
-    p_32 = widen(gl.convert_layout(p, zero.type.layout))
-    g_new = operand(p_32 * (dp_now - delta[None, :]), g.dtype, left)
-    mbarrier.wait(full.index(s_next), phase)
-    s_new, a, dv, g_new = finish_three(s_new, a_now, dv_now, g_new)
-    mbarrier.arrive(empty.index(s_old), count=1)
-    return s_new, g_new, a, dv
+def finish(x, y, held):
+    """Two products, once they are there, and `held`, computed meanwhile."""
+    if len(x) == 1:
+        x_1, y_1, held = warpgroup_mma_wait(0, deps=[x[0], y[0], held])
+        return (x_1,), (y_1,), held
+    else:
+        x_1, x_2, y_1, y_2, held = warpgroup_mma_wait(0, deps=[x[0], x[1], y[0], y[1], held])
+        return (x_1, x_2), (y_1, y_2), held
 
 
 @gluon.jit
@@ -104,7 +77,7 @@ def keys_loader(
                     load_tile(sizes_in, [at], own_full.index(g), size_tiles.index(g))
             turn += 1
             first_rows = (item - tile) * H + h  # of the segment's first item
-            for j in range(gl.maximum(gl.cdiv(q_length, BLOCK), 2)):
+            for j in range(gl.maximum(gl.cdiv(q_length, BLOCK), 1)):
                 s = step % STAGES
                 at = ((first_rows + j // GROUPS * H) * GROUPS + j % GROUPS) * 2 * BLOCK
                 mbarrier.wait(empty.index(s), ((step // STAGES) & 1) ^ 1)
@@ -121,11 +94,10 @@ def keys_owner(
     GROUP: gl.constexpr, dk_out, dv_out, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles, size_tiles,
     u_tiles, dout_tiles, lse_tiles, delta_tiles, out_tiles, own_full, own_empty, full, empty, score_scale, key_factor,
     k_eps, H: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, K_NORM: gl.constexpr, FOLD: gl.constexpr,
-    STAGES: gl.constexpr, HOLD: gl.constexpr, DEPTH: gl.constexpr,
+    STAGES: gl.constexpr, HOLD: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     TILE_ROWS: gl.constexpr = BLOCK * GROUPS
     PARTS: gl.constexpr = 2 if D2 else 1
-    UNROLL: gl.constexpr = DEPTH - 1 if DEPTH > 1 else 0
     DTYPE: gl.constexpr = k_tiles[0].dtype
     mma_1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PART, 16])
     mma_2: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D2 or 16, 16])
@@ -143,7 +115,7 @@ def keys_owner(
         following = read_item(items_ptr, first_item, w + gl.num_programs(0), work, H, tokens, tokens_k)
         if tile * TILE_ROWS < k_length:
             row = tile * TILE_ROWS + GROUP * BLOCK
-            blocks = kept(gl.maximum(gl.cdiv(q_length, BLOCK), 2))
+            blocks = kept(gl.maximum(gl.cdiv(q_length, BLOCK), 1))
             mbarrier.wait(own_full.index(GROUP), turn & 1)
             if row < k_length:
                 k = left_operand(matrix(k_tiles, GROUP, BLOCK, D2), layouts, HOLD)
@@ -159,87 +131,7 @@ def keys_owner(
                 dv = zeros(layouts, D2)
                 a = zeros(layouts, D2)
 
-                if UNROLL:
-                    # the first block, and the scores of the second
-                    s = step % STAGES
-                    s_next = (step + 1) % STAGES
-                    u = matrix(u_tiles, s, BLOCK, D2)
-                    dout = matrix(dout_tiles, s, BLOCK, D2)
-                    mbarrier.wait(full.index(s), (step // STAGES) & 1)
-                    s_now = start_scores(k, u, zero)
-                    dp_now = start_scores(v, dout, zero)
-                    mbarrier.wait(full.index(s_next), ((step + 1) // STAGES) & 1)
-                    s_new = start_scores(k, matrix(u_tiles, s_next, BLOCK, D2), zero)
-                    lse = lse_tiles.index(s).load(of_col)
-                    s_now = warpgroup_mma_wait(2 * PARTS, deps=[s_now])
-                    p = operand(gl.exp2(s_now * scale[:, None] - lse[None, :]), DTYPE, left)
-                    dv_now = start_adding(p, dout, dv)
-                    delta = delta_tiles.index(s).load(of_col)
-                    dp_now, p = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p])
-                    p_32 = widen(gl.convert_layout(p, mma_1))
-                    g = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
-                    mbarrier.wait(full.index(s_next), ((step + 1) // STAGES) & 1)
-                    s_now, dv, g = finish(s_new, dv_now, g)
-                    step += 1
-                    for _ in range((blocks - 2) // UNROLL):
-                        for _i in gl.static_range(UNROLL):
-                            s_now, g, a, dv = keys_step(
-                                s_now, g, a, dv, k, v, scale, zero, u_tiles, dout_tiles, lse_tiles, delta_tiles, full,
-                                empty, step, D2, STAGES, left,
-                            )  # fmt: skip
-                            step += 1
-                    for _ in range((blocks - 2) % UNROLL):
-                        s_now, g, a, dv = keys_step(
-                            s_now, g, a, dv, k, v, scale, zero, u_tiles, dout_tiles, lse_tiles, delta_tiles, full,
-                            empty, step, D2, STAGES, left,
-                        )  # fmt: skip
-                        step += 1
-                    # the last block
-                    s = (step - 1) % STAGES
-                    s_next = step % STAGES
-                    phase = (step // STAGES) & 1
-                    u_old = matrix(u_tiles, s, BLOCK, D2)
-                    u = matrix(u_tiles, s_next, BLOCK, D2)
-                    dout = matrix(dout_tiles, s_next, BLOCK, D2)
-                    dp_now = start_scores(v, dout, zero)
-                    a_now = start_adding(g, u_old, a)
-                    lse = lse_tiles.index(s_next).load(of_col)
-                    p = operand(gl.exp2(s_now * scale[:, None] - lse[None, :]), DTYPE, left)
-                    dv_now = start_adding(p, dout, dv)
-                    delta = delta_tiles.index(s_next).load(of_col)
-                    mbarrier.wait(full.index(s_next), phase)
-                    dp_now, p = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p])
-                    p_32 = widen(gl.convert_layout(p, mma_1))
-                    g_new = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
-                    mbarrier.wait(full.index(s_next), phase)
-                    dv, a, g = finish_two(dv_now, a_now, g_new)
-                    mbarrier.arrive(empty.index(s), count=1)
-                    a = wait_for(start_adding(g, u, a), 0)
-                    mbarrier.arrive(empty.index(s_next), count=1)
-                    step += 1
-                elif DEPTH == 0:
-                    for _ in range(blocks):
-                        s = step % STAGES
-                        phase = (step // STAGES) & 1
-                        u = matrix(u_tiles, s, BLOCK, D2)
-                        dout = matrix(dout_tiles, s, BLOCK, D2)
-                        mbarrier.wait(full.index(s), phase)
-                        s_now = start_scores(k, u, zero)
-                        dp_now = start_scores(v, dout, zero)
-                        lse = lse_tiles.index(s).load(of_col)
-                        s_now = warpgroup_mma_wait(PARTS, deps=[s_now])
-                        p = operand(gl.exp2(s_now * scale[:, None] - lse[None, :]), DTYPE, left)
-                        dv_now = start_adding(p, dout, dv)
-                        delta = delta_tiles.index(s).load(of_col)
-                        mbarrier.wait(full.index(s), phase)
-                        dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
-                        p_32 = widen(gl.convert_layout(p, mma_1))
-                        g = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
-                        a_now = start_adding(g, u, a)
-                        dv, a, g = finish_two(dv_now, a_now, g)
-                        mbarrier.arrive(empty.index(s), count=1)
-                        step += 1
-                else:
+                if OVERLAP:
                     s = step % STAGES
                     phase = (step // STAGES) & 1
                     u = matrix(u_tiles, s, BLOCK, D2)
@@ -279,15 +171,37 @@ def keys_owner(
                         dp_now, p_32 = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p_32])
                         g_new = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
                         mbarrier.wait(full.index(s), phase)
-                        dv, a, g_new = finish_two(dv_now, a_now, g_new)
+                        dv, a, g_new = finish(dv_now, a_now, g_new)
                         mbarrier.arrive(empty.index(s_old), count=1)
                         p = p_new
                         g = g_new
                     dv_now = start_adding(p, dout, dv)
                     a_now = start_adding(g, u, a)
-                    dv, a, g = finish_two(dv_now, a_now, g)
+                    dv, a, g = finish(dv_now, a_now, g)
                     mbarrier.arrive(empty.index(s), count=1)
                     step += 1
+                else:
+                    for _ in range(blocks):
+                        s = step % STAGES
+                        phase = (step // STAGES) & 1
+                        u = matrix(u_tiles, s, BLOCK, D2)
+                        dout = matrix(dout_tiles, s, BLOCK, D2)
+                        mbarrier.wait(full.index(s), phase)
+                        s_now = start_scores(k, u, zero)
+                        dp_now = start_scores(v, dout, zero)
+                        lse = lse_tiles.index(s).load(of_col)
+                        s_now = warpgroup_mma_wait(PARTS, deps=[s_now])
+                        p = operand(gl.exp2(s_now * scale[:, None] - lse[None, :]), DTYPE, left)
+                        dv_now = start_adding(p, dout, dv)
+                        delta = delta_tiles.index(s).load(of_col)
+                        mbarrier.wait(full.index(s), phase)
+                        dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
+                        p_32 = widen(gl.convert_layout(p, mma_1))
+                        g = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
+                        a_now = start_adding(g, u, a)
+                        dv, a, g = finish(dv_now, a_now, g)
+                        mbarrier.arrive(empty.index(s), count=1)
+                        step += 1
 
                 tma.store_wait(0)
                 write(matrix(out_tiles, GROUP * 2, BLOCK, D2), dv)
@@ -317,7 +231,7 @@ def hopper_keys(
     k_1, v_1, u_1, dout_1, dk_1, dv_1, k_2, v_2, u_2, dout_2, dk_2, dv_2, rows_in, sizes_in, items_ptr, offsets_ptr,
     first_item, items, tokens, tokens_k, score_scale, key_factor, k_eps, H: gl.constexpr, D: gl.constexpr,
     D2: gl.constexpr, K_NORM: gl.constexpr, FOLD: gl.constexpr, CLASS: gl.constexpr, ON_DEVICE: gl.constexpr,
-    STAGES: gl.constexpr, HOLD: gl.constexpr, DEPTH: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, HOLD: gl.constexpr, OVERLAP: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     if ON_DEVICE:
         first_item = gl.load(offsets_ptr + CLASS)
@@ -343,12 +257,12 @@ def hopper_keys(
             (keys_owner, (
                 0, dk_out, dv_out, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles, size_tiles, u_tiles,
                 dout_tiles, lse_tiles, delta_tiles, out_tiles, own_full, own_empty, full, empty, score_scale,
-                key_factor, k_eps, H, D, D2, K_NORM, FOLD, STAGES, HOLD, DEPTH,
+                key_factor, k_eps, H, D, D2, K_NORM, FOLD, STAGES, HOLD, OVERLAP,
             )),
             (keys_owner, (
                 1, dk_out, dv_out, items_ptr, first_item, work, tokens, tokens_k, k_tiles, v_tiles, size_tiles, u_tiles,
                 dout_tiles, lse_tiles, delta_tiles, out_tiles, own_full, own_empty, full, empty, score_scale,
-                key_factor, k_eps, H, D, D2, K_NORM, FOLD, STAGES, HOLD, DEPTH,
+                key_factor, k_eps, H, D, D2, K_NORM, FOLD, STAGES, HOLD, OVERLAP,
             )),
             (keys_loader, (
                 k_in, v_in, u_in, dout_in, rows_in, sizes_in, items_ptr, first_item, work, tokens, tokens_k, k_tiles,

@@ -11,7 +11,6 @@ from .hopper_stream_steps import (
     BLOCK,
     GROUPS,
     barriers,
-    finish,
     left_operand,
     pass_by,
     read_item,
@@ -73,6 +72,17 @@ def score_gradient(p, dp, delta, r, K_NORM: gl.constexpr):
     if K_NORM != NONE:
         g = g * r[None, :]
     return g
+
+
+@gluon.jit
+def finish(scores, product, held):
+    """All that is under way, once it is there, and `held`, computed meanwhile."""
+    if len(product) == 1:
+        scores, first, held = warpgroup_mma_wait(0, deps=[scores, product[0], held])
+        return scores, (first,), held
+    else:
+        scores, first, second, held = warpgroup_mma_wait(0, deps=[scores, product[0], product[1], held])
+        return scores, (first, second), held
 
 
 @gluon.jit
@@ -198,94 +208,55 @@ def queries_owner(
                     mbarrier.arrive(own_empty.index(GROUP), count=1)
                 du = zeros(layouts, D2)
 
-                if UNROLL:
-                    # the first block, and the scores of the second; each may run past the last key
-                    s = step % STAGES
-                    s_next = (step + 1) % STAGES
-                    mbarrier.wait(full.index(s), (step // STAGES) & 1)
-                    s_now = start_scores(u, matrix(k_tiles, s, BLOCK, D2), zero)
-                    dp_now = start_scores(dout, matrix(v_tiles, s, BLOCK, D2), zero)
-                    mbarrier.wait(full.index(s_next), ((step + 1) // STAGES) & 1)
-                    s_new = start_scores(u, matrix(k_tiles, s_next, BLOCK, D2), zero)
-                    s_now = scaled(warpgroup_mma_wait(2 * PARTS, deps=[s_now]), score_scale, FOLD)
-                    cols = gl.arange(0, BLOCK, of_col)
-                    s_now = gl.where(((blocks - 1) * BLOCK + cols < k_length)[None, :], s_now, -float("inf"))
-                    r = column_sizes(size_tiles, s, of_col, K_NORM)
-                    p = weights_of(s_now, r, lse, K_NORM)
-                    mbarrier.wait(full.index(s), (step // STAGES) & 1)
-                    dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
-                    g = operand(score_gradient(p, dp_now, delta, r, K_NORM), DTYPE, left)
-                    s_now = scaled(warpgroup_mma_wait(0, deps=[s_new]), score_scale, FOLD)
-                    s_now = gl.where((cols < k_length)[None, :], s_now, -float("inf"))
-                    step += 1
-                    for _ in range((blocks - 2) // UNROLL):
-                        for _i in gl.static_range(UNROLL):
-                            s_now, g, du = queries_step(
-                                s_now, g, du, u, dout, lse, delta, zero, k_tiles, v_tiles, size_tiles, full, empty,
-                                score_scale, step, K_NORM, FOLD, D2, STAGES, left,
-                            )  # fmt: skip
-                            step += 1
-                    for _ in range((blocks - 2) % UNROLL):
+                # the first block, and the scores of the second; each may run past the last key
+                s = step % STAGES
+                s_next = (step + 1) % STAGES
+                mbarrier.wait(full.index(s), (step // STAGES) & 1)
+                s_now = start_scores(u, matrix(k_tiles, s, BLOCK, D2), zero)
+                dp_now = start_scores(dout, matrix(v_tiles, s, BLOCK, D2), zero)
+                mbarrier.wait(full.index(s_next), ((step + 1) // STAGES) & 1)
+                s_new = start_scores(u, matrix(k_tiles, s_next, BLOCK, D2), zero)
+                s_now = scaled(warpgroup_mma_wait(2 * PARTS, deps=[s_now]), score_scale, FOLD)
+                cols = gl.arange(0, BLOCK, of_col)
+                s_now = gl.where(((blocks - 1) * BLOCK + cols < k_length)[None, :], s_now, -float("inf"))
+                r = column_sizes(size_tiles, s, of_col, K_NORM)
+                p = weights_of(s_now, r, lse, K_NORM)
+                mbarrier.wait(full.index(s), (step // STAGES) & 1)
+                dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
+                g = operand(score_gradient(p, dp_now, delta, r, K_NORM), DTYPE, left)
+                s_now = scaled(warpgroup_mma_wait(0, deps=[s_new]), score_scale, FOLD)
+                s_now = gl.where((cols < k_length)[None, :], s_now, -float("inf"))
+                step += 1
+                for _ in range((blocks - 2) // UNROLL):
+                    for _i in gl.static_range(UNROLL):
                         s_now, g, du = queries_step(
                             s_now, g, du, u, dout, lse, delta, zero, k_tiles, v_tiles, size_tiles, full, empty,
                             score_scale, step, K_NORM, FOLD, D2, STAGES, left,
                         )  # fmt: skip
                         step += 1
-                    # the last block
-                    s = (step - 1) % STAGES
-                    s_next = step % STAGES
-                    phase = (step // STAGES) & 1
-                    dp_now = start_scores(dout, matrix(v_tiles, s_next, BLOCK, D2), zero)
-                    du_now = start_adding(g, matrix(k_tiles, s, BLOCK, D2), du)
-                    r = column_sizes(size_tiles, s_next, of_col, K_NORM)
-                    p = weights_of(s_now, r, lse, K_NORM)
-                    mbarrier.wait(full.index(s_next), phase)
-                    dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
-                    g_new = operand(score_gradient(p, dp_now, delta, r, K_NORM), DTYPE, left)
-                    mbarrier.wait(full.index(s_next), phase)
-                    p, du, g = finish(p, du_now, g_new)
-                    mbarrier.arrive(empty.index(s), count=1)
-                    du = wait_for(start_adding(g, matrix(k_tiles, s_next, BLOCK, D2), du), 0)
-                    mbarrier.arrive(empty.index(s_next), count=1)
+                for _ in range((blocks - 2) % UNROLL):
+                    s_now, g, du = queries_step(
+                        s_now, g, du, u, dout, lse, delta, zero, k_tiles, v_tiles, size_tiles, full, empty,
+                        score_scale, step, K_NORM, FOLD, D2, STAGES, left,
+                    )  # fmt: skip
                     step += 1
-                else:
-                    s = step % STAGES
-                    phase = (step // STAGES) & 1
-                    k = matrix(k_tiles, s, BLOCK, D2)
-                    mbarrier.wait(full.index(s), phase)
-                    s_now = start_scores(u, k, zero)
-                    dp_now = start_scores(dout, matrix(v_tiles, s, BLOCK, D2), zero)
-                    cols = gl.arange(0, BLOCK, of_col)
-                    s_now = scaled(warpgroup_mma_wait(PARTS, deps=[s_now]), score_scale, FOLD)
-                    s_now = gl.where(((blocks - 1) * BLOCK + cols < k_length)[None, :], s_now, -float("inf"))
-                    r = column_sizes(size_tiles, s, of_col, K_NORM)
-                    p = weights_of(s_now, r, lse, K_NORM)
-                    mbarrier.wait(full.index(s), phase)
-                    dp_now, p = warpgroup_mma_wait(0, deps=[dp_now, p])
-                    g = operand(score_gradient(p, dp_now, delta, r, K_NORM), DTYPE, left)
-                    for _ in range(1, blocks):
-                        s_old = s
-                        k_old = k
-                        step += 1
-                        s = step % STAGES
-                        phase = (step // STAGES) & 1
-                        k = matrix(k_tiles, s, BLOCK, D2)
-                        mbarrier.wait(full.index(s), phase)
-                        s_now = start_scores(u, k, zero)
-                        dp_now = start_scores(dout, matrix(v_tiles, s, BLOCK, D2), zero)
-                        du_now = start_adding(g, k_old, du)
-                        s_now = scaled(warpgroup_mma_wait(2 * PARTS, deps=[s_now]), score_scale, FOLD)
-                        r = column_sizes(size_tiles, s, of_col, K_NORM)
-                        p = weights_of(s_now, r, lse, K_NORM)
-                        mbarrier.wait(full.index(s), phase)
-                        dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
-                        g_new = operand(score_gradient(p, dp_now, delta, r, K_NORM), DTYPE, left)
-                        mbarrier.wait(full.index(s), phase)
-                        p, du, g = finish(p, du_now, g_new)
-                        mbarrier.arrive(empty.index(s_old), count=1)
-                    du = wait_for(start_adding(g, k, du), 0)
-                    mbarrier.arrive(empty.index(s), count=1)
-                    step += 1
+                # the last block
+                s = (step - 1) % STAGES
+                s_next = step % STAGES
+                phase = (step // STAGES) & 1
+                dp_now = start_scores(dout, matrix(v_tiles, s_next, BLOCK, D2), zero)
+                du_now = start_adding(g, matrix(k_tiles, s, BLOCK, D2), du)
+                r = column_sizes(size_tiles, s_next, of_col, K_NORM)
+                p = weights_of(s_now, r, lse, K_NORM)
+                mbarrier.wait(full.index(s_next), phase)
+                dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
+                g_new = operand(score_gradient(p, dp_now, delta, r, K_NORM), DTYPE, left)
+                mbarrier.wait(full.index(s_next), phase)
+                p, du, g = finish(p, du_now, g_new)
+                mbarrier.arrive(empty.index(s), count=1)
+                du = wait_for(start_adding(g, matrix(k_tiles, s_next, BLOCK, D2), du), 0)
+                mbarrier.arrive(empty.index(s_next), count=1)
+                step += 1
 
                 if K_NORM == LAYER_NORM:
                     one = gl.full([BLOCK], 1.0, gl.float32, of_row)

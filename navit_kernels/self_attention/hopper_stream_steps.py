@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from .hopper_steps import PART
 
@@ -15,14 +15,15 @@ GROUPS = gl.constexpr(2)  # warpgroups of a program; BLOCK · GROUPS = TILE
 
 @gluon.jit
 def read_item(items_ptr, first_item, w, work, H: gl.constexpr, tokens, tokens_k):
-    """Of the w-th pair of an item and a head: (q_start, q_length, k_start, k_length, tile). Read one pair ahead, as
-    the loads take a microsecond; past the last pair it is the last one's."""
-    base = items_ptr + (first_item + gl.minimum(w, work - 1) // H) * 8
-    q_start, k_start = gl.load(base), gl.load(base + 2)
+    """Of the w-th pair of an item and a head: (q_start, q_length, k_start, k_length, tile); past the last pair zeros.
+    Read one pair ahead, as the loads take a microsecond."""
+    base = items_ptr + (first_item + w // H) * 8
+    some = w < work
+    q_start, k_start = gl.load(base, mask=some, other=0), gl.load(base + 2, mask=some, other=0)
     # a plan of other lengths must not lead outside the tensors
-    q_length = gl.minimum(gl.load(base + 1), tokens - q_start)
-    k_length = gl.minimum(gl.load(base + 3), tokens_k - k_start)
-    return q_start, q_length, k_start, k_length, gl.load(base + 4)
+    q_length = gl.minimum(gl.load(base + 1, mask=some, other=0), tokens - q_start)
+    k_length = gl.minimum(gl.load(base + 3, mask=some, other=0), tokens_k - k_start)
+    return q_start, q_length, k_start, k_length, gl.load(base + 4, mask=some, other=0)
 
 
 @gluon.jit
@@ -80,34 +81,3 @@ def zeros(layouts, D2: gl.constexpr):
         return (first,)
     else:
         return (first, gl.zeros([BLOCK, D2], gl.float32, layouts[1]))
-
-
-@gluon.jit
-def finish(scores, product, held):
-    """All that is under way, once it is there, and `held`, computed meanwhile."""
-    if len(product) == 1:
-        scores, first, held = warpgroup_mma_wait(0, deps=[scores, product[0], held])
-        return scores, (first,), held
-    else:
-        scores, first, second, held = warpgroup_mma_wait(0, deps=[scores, product[0], product[1], held])
-        return scores, (first, second), held
-
-
-@gluon.jit
-def finish_two(x, y, held):
-    if len(x) == 1:
-        x_1, y_1, held = warpgroup_mma_wait(0, deps=[x[0], y[0], held])
-        return (x_1,), (y_1,), held
-    else:
-        x_1, x_2, y_1, y_2, held = warpgroup_mma_wait(0, deps=[x[0], x[1], y[0], y[1], held])
-        return (x_1, x_2), (y_1, y_2), held
-
-
-@gluon.jit
-def finish_three(scores, x, y, held):
-    if len(x) == 1:
-        scores, x_1, y_1, held = warpgroup_mma_wait(0, deps=[scores, x[0], y[0], held])
-        return scores, (x_1,), (y_1,), held
-    else:
-        scores, x_1, x_2, y_1, y_2, held = warpgroup_mma_wait(0, deps=[scores, x[0], x[1], y[0], y[1], held])
-        return scores, (x_1, x_2), (y_1, y_2), held
