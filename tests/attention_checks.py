@@ -82,16 +82,19 @@ class Case:
         }
         return ", ".join(f"{name}={value}" for name, value in short.items()).replace("lengths=", "") or "default"
 
-    def inputs(self, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
-        """All tensors of a call: q, k, v (views of one qkv where lengths agree), the norms' parameters, dout."""
-        generator = torch.Generator().manual_seed(seed)
-        random = partial(torch.randn, generator=generator)
+    def inputs(self, device: str = "cpu", seed: int = 0, drawn_on: str = "cpu") -> dict[str, Tensor]:
+        """All tensors of a call: q, k, v (views of one qkv where lengths agree), the norms' parameters, dout.
+
+        drawn_on: where numbers are drawn; they are the same on every machine if that is the CPU.
+        """
+        generator = torch.Generator(drawn_on).manual_seed(seed)
+        random = partial(torch.randn, generator=generator, device=drawn_on)
         tokens, tokens_k = sum(self.lengths), sum(self.lengths if self.lengths_k is None else self.lengths_k)
         x_T4HD = random(max(tokens, tokens_k), 4, self.heads, self.width)
         if self.heavy_tails:
             x_T4HD = (x_T4HD / random(2, *x_T4HD.shape).square().mean(0).sqrt()).clamp(-100, 100)
             few = x_T4HD[:: max(1, len(x_T4HD) // 4)]
-            columns = torch.randint(self.width, (*few.shape[:3], 1), generator=generator)
+            columns = torch.randint(self.width, (*few.shape[:3], 1), generator=generator, device=drawn_on)
             few.scatter_(-1, columns, 100 * random(columns.shape).sign())
         x_T4HD[:, 1] += self.mean
         dout_THD = x_T4HD[:tokens, 3].to(self.dtype)

@@ -104,7 +104,7 @@ def test_gpu_packs_that_fill_the_gpu_repeat_bitwise_and_are_like_the_portable_ke
     from navit_kernels.self_attention import launch
 
     case = replace(MAIN, lengths=tuple(image_lengths(mix, 65536)), heads=heads, width=width)
-    tensors = case.inputs("cuda")
+    tensors = case.inputs("cuda", drawn_on="cuda")
     with monkeypatch.context() as patch:
         patch.setattr(launch, "gluon_is_supported", lambda: False)
         portable = case.results(tensors)

@@ -176,13 +176,14 @@ WIDE = (  # from 88 to 128, measured at 128 with 8 heads
 
 # Gluon, by (NARROW, MIDDLE or WIDE; class). Of hopper_tile block_m is the longest segment, block_n the keys of a chunk.
 # Of hopper_stream the warps are those that multiply, the registers every warp's at first, the times key_sizes' too.
-# Segments of 33 to 64 tokens stay with forward_tile (U64 189 µs) until hopper_tile (152) has been seen right there in
-# full packs: one of three checks had NaN, when a barrier still lay where outputs change their layout.
 HOPPER_FORWARD = {
+    (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, measured="on an H200 U64 152; portable 189"),
     (0, 2): Launch("hopper_tile", 128, 64, 4, 1, 168, 192, measured="U128 188; capped at 128 184 or 202, portable 221"),
     (0, 3): Launch("hopper_tile", 256, 64, 4, 1, 168, 320, measured="U256 229; running maximum 242, portable 383"),
+    (1, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="on an H200 U64 183; portable 278"),
     (1, 2): Launch("hopper_tile", 128, 64, 4, 1, 168, 512, measured="U128 243; running maximum 254, portable 488"),
     (1, 3): Launch("hopper_tile", 256, 64, 4, 1, spills=256, measured="U256 329; running maximum 342, portable 501"),
+    (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="on an H200 U64 166; portable 207"),
     (2, 2): Launch("hopper_tile", 128, 64, 4, 1, spills=384, measured="U128 177 with a running maximum; portable 346"),
     (2, 3): Launch("hopper_tile", 256, 64, 8, 1, spills=512, measured="U256 264; running maximum 275, portable 464"),
     (0, 4): Launch(
@@ -203,12 +204,12 @@ HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     ),
     (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 356; portable 624"),
     (2, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=256, measured="U128 437; portable 899"),
-    (0, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=128),
-    (1, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192),
-    (2, 4): Launch("hopper_stream", 64, 64, 4, 3, spills=64),
+    (0, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=128, measured="ft 650, U4096 3189; portable 913, 4203"),
+    (1, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192, measured="ft 1028, U4096 4569; portable 1397, 6000"),
+    (2, 4): Launch("hopper_stream", 64, 64, 4, 3, spills=64, measured="ft 681, U4096 3455; portable 977, 4414"),
 }
 HOPPER_QUERIES = {  # of the streams above
-    (0, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=336),
-    (1, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=336),
-    (2, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192),
+    (0, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=336, measured="ft 646, U4096 2894; portable 751, 3131"),
+    (1, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=336, measured="ft 836, U4096 4002; portable 1329, 5111"),
+    (2, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192, measured="ft 587, U4096 2489; portable 879, 3330"),
 }
