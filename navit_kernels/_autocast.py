@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of matrix products on a device under autocast; None without autocast, and for meta, which has none."""
-    if device.type != "meta" and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
+    kind = device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
     return None
 
 

@@ -57,6 +57,15 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, like_name: str, like: Tensor
         check_cu_seqlens_values(name, cu_seqlens, like.shape[0])
 
 
+def check_equal(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Check two tensors of one shape, on CPU tensors alone: on a GPU it would be a wait."""
+    if tensor is other or torch.compiler.is_compiling() or {tensor.device.type, other.device.type} != {"cpu"}:
+        return
+    if not torch.equal(tensor, other):
+        at = int((tensor != other).int().argmax())
+        fail(name, f"equal to {other_name}, {int(other[at])} at position {at}", int(tensor[at]))
+
+
 def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, tokens: int) -> None:
     """Check that cu_seqlens starts at 0, never decreases and ends at `tokens`. Waits for the GPU."""
     values = cu_seqlens.detach().cpu()

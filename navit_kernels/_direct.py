@@ -15,7 +15,7 @@ def skips_dispatcher(x: Tensor) -> bool:
     """Whether there are plain tensors, which hold numbers, and nobody who watches what is called on them."""
     return (
         not torch.compiler.is_compiling()
-        and x.device.type != "meta"
+        and not x.is_meta
         and type(x) in (Tensor, torch.nn.Parameter)
         and not is_in_torch_dispatch_mode()
         and not torch._C._are_functorch_transforms_active()

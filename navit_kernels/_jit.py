@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -33,66 +34,75 @@ def gluon_is_supported() -> bool:
     return (3, 6) <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= (3, 9)
 
 
-class _CallSite:
-    """What calls of one kernel with the same argument names have in common: the names, and what was compiled."""
-
-    def __init__(self, kernel: Any, positional: int, named: Iterable[str]) -> None:
-        free = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
-        self.names = [*kernel.arg_names[:positional], *named]
-        self.numbers = [i for i, name in enumerate(self.names) if name in free]
-        self.compiled: dict[tuple, tuple[Any, list, list[tuple[int, int]]]] = {}
-
-
-_call_sites: dict[tuple, _CallSite] = {}
-
-
-def launch_kernel(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any) -> None:
-    """kernel[grid](*positional, **named), at less cost on the host.
+class BoundKernel:
+    """A kernel with those of its arguments that stay the same from call to call; calls bring the others by name.
 
     Triton inspects every argument of every call. Here a compiled kernel is found by what it was compiled for: the dtype
     and 16-byte alignment of each tensor, the dtype, block and layout of each tensor descriptor, and the value of all
-    else but the kernel's do_not_specialize numbers.
+    else but the kernel's do_not_specialize numbers. What is bound, which tensors cannot be, is looked at once.
     """
-    values = [*positional, *named.values()]
-    key, pointers, device = values.copy(), [], None
-    for i, value in enumerate(values):
-        kind = type(value)
-        if value is None or kind is int or kind is bool or kind is float:
-            continue
-        if isinstance(value, Tensor):
-            device = value.device
-            values[i] = address = value.data_ptr()
-            key[i] = (value.dtype, address % 16 == 0)
-        elif hasattr(value, "block_shape"):
-            device = value.base.device
-            key[i] = (value.base.dtype, *value.block_shape, getattr(value, "layout", None))
-        else:
-            continue
-        pointers.append(i)
-    if device is None or device.type != "cuda":
-        kernel[grid](*positional, **named)  # interpreted, or compiled ahead of time
-        return
-    call = (id(kernel), len(positional), *named)
-    site = _call_sites.get(call)
-    if site is None:
-        site = _call_sites[call] = _CallSite(kernel, len(positional), named)
-    for i in site.numbers:
-        key[i] = None
-    key.append(device.index)
-    found = site.compiled.get(tuple(key))
-    if found is None:
-        arguments = dict(zip(site.names, values, strict=True))
-        moving = [(kernel.arg_names.index(site.names[i]), i) for i in (*pointers, *site.numbers)]
-        template = [arguments.get(name) for name in kernel.arg_names]
-        for place, _ in moving:
-            template[place] = None
-        site.compiled[tuple(key)] = (kernel[grid](*positional, **named), template, moving)
-        return
-    compiled, template, moving = found
-    arguments_in_order = template.copy()
-    for place, i in moving:
-        arguments_in_order[place] = values[i]
-    compiled[(*grid, 1, 1)[:3]](*arguments_in_order, stream=torch._C._cuda_getCurrentRawStream(device.index))
+
+    def __init__(self, kernel: Any, **bound: Any) -> None:
+        self.kernel, self.bound, self.values = kernel, bound, (*bound.values(), None)
+        # an interpreted kernel has no parameters to specialize
+        self.free = {parameter.name for parameter in getattr(kernel, "params", ()) if parameter.do_not_specialize}
+        self.compiled: dict[tuple, tuple[Any, Callable[[Sequence], tuple]]] = {}
+
+    def __call__(self, grid: tuple[int, ...], /, **named: Any) -> None:
+        """kernel[grid](**bound, **named), at less cost on the host."""
+        self.launch(grid, named)
+
+    def launch(self, grid: tuple[int, ...], named: dict[str, Any]) -> None:
+        values: list = []
+        key: list = [*named]
+        device, addresses = None, 0
+        for name, value in named.items():
+            kind = type(value)
+            if kind is int or kind is bool or kind is float or value is None:
+                key.append(None if name in self.free else value)
+            elif isinstance(value, Tensor):
+                device = value.device
+                key.append(value.dtype)
+                value = value.data_ptr()
+                addresses |= value
+            elif hasattr(value, "block_shape"):
+                device = value.base.device
+                key += (value.base.dtype, *value.block_shape, getattr(value, "layout", None))
+            else:
+                key.append(value)
+            values.append(value)
+        if device is None or device.type != "cuda":
+            self.kernel[grid](**self.bound, **named)  # interpreted, or compiled ahead of time
+            return
+        key.append(device.index)
+        if addresses % 16:
+            key += (value.data_ptr() % 16 == 0 for value in named.values() if isinstance(value, Tensor))
+        found = self.compiled.get(tuple(key))
+        if found is None:
+            given = [*named, *self.bound]
+            places = [given.index(name) if name in given else -1 for name in self.kernel.arg_names]
+            self.compiled[tuple(key)] = self.kernel[grid](**self.bound, **named), itemgetter(*places)
+            return
+        compiled, in_order = found
+        arguments = in_order((*values, *self.values))
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        x, y, z = (*grid, 1, 1)[:3]
+        enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            compiled[x, y, z](*arguments, stream=stream)
+        else:  # what that does, without the hooks' arguments
+            compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
+_kernels: dict[int, BoundKernel] = {}
+
+
+def launch_kernel(kernel: Any, grid: tuple[int, ...], /, *positional: Any, **named: Any) -> None:
+    """kernel[grid](*positional, **named), at less cost on the host; see BoundKernel."""
+    bound = _kernels.get(id(kernel))
+    if bound is None:
+        bound = _kernels[id(kernel)] = BoundKernel(kernel)
+    bound.launch(grid, {**dict(zip(kernel.arg_names, positional, strict=False)), **named} if positional else named)
 
 
 @triton.jit

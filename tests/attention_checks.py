@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from navit_kernels import HeadNorm, PackPlan, plan_pack, varlen_attention, varlen_attention_qkvpacked
 from navit_kernels.head_norm import NORM_CODES
-from navit_kernels.self_attention import op
+from navit_kernels.self_attention import arguments, op
 from navit_kernels.testing import assert_error_within, cu_seqlens_of
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -48,7 +48,7 @@ def kernels_on_cpu(arch: int = 90) -> Iterator[None]:
         library.impl("plan", op._plan, "CPU")
         library.impl("varlen_attention", op._forward, "CPU")
         library.impl("varlen_attention_backward", op._backward_kernels, "CPU")
-        takes_reference = mock.patch.object(op, "_takes_reference", lambda backend, q_THD: backend == "reference")
+        takes_reference = mock.patch.object(arguments, "takes_reference", lambda backend, q_THD: backend == "reference")
         stack.enter_context(takes_reference)
         stack.enter_context(mock.patch.object(launch, "architecture", return_value=arch))
         stack.enter_context(exact_interpreter())
@@ -63,10 +63,12 @@ class Case:
     dtype: torch.dtype = FP16
     q_kind: str | None = "layer_norm"
     k_kind: str | None = "layer_norm"
-    weight: str = "shared"  # by all heads, "per head" or "absent"
+    weight: str = "shared"  # by all heads, "per head", "mixed": per head for q alone, or "absent"
     bias: bool = True
     lengths_k: tuple[int, ...] | None = None
     planned: bool = True  # by plan_pack, or on the device from cu_seqlens alone
+    eps: tuple[float | None, float | None] = (None, None)  # of q's norm and of k's
+    parameters: torch.dtype = FP32
     mean: float = 0.0  # of the keys, in standard deviations
     spread: float = 1.0  # of the scores, roughly
     heavy_tails: bool = False  # Student's t of 2 degrees of freedom, cut at 100, and a few entries of ±100
@@ -100,20 +102,21 @@ class Case:
         dout_THD = x_T4HD[:tokens, 3].to(self.dtype)
         q_THD, k_THD, v_THD = x_T4HD[:, :3].contiguous().to(device, self.dtype).unbind(1)
         tensors = {"q": q_THD[:tokens], "k": k_THD[:tokens_k], "v": v_THD[:tokens_k]}
-        shape = (self.heads, self.width) if self.weight == "per head" else (self.width,)
         for side, kind in (("q", self.q_kind), ("k", self.k_kind)):
+            per_head = self.weight == "per head" or (self.weight, side) == ("mixed", "q")
+            shape = (self.heads, self.width) if per_head else (self.width,)
             if kind is not None and self.weight != "absent":
-                tensors[f"{side}_weight"] = 1 + 0.3 * random(shape)
+                tensors[f"{side}_weight"] = (1 + 0.3 * random(shape)).to(self.parameters)
             if kind is not None and self.bias:
-                tensors[f"{side}_bias"] = 0.3 * random(shape)
+                tensors[f"{side}_bias"] = (0.3 * random(shape)).to(self.parameters)
         tensors["dout"] = dout_THD.contiguous()
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 
     def options(self, tensors: dict[str, Tensor]) -> dict[str, object]:
         """The keyword arguments that a call takes besides the pack's."""
         norms = {
-            f"{side}_norm": kind and HeadNorm(kind, tensors.get(f"{side}_weight"), tensors.get(f"{side}_bias"))
-            for side, kind in (("q", self.q_kind), ("k", self.k_kind))
+            f"{side}_norm": kind and HeadNorm(kind, tensors.get(f"{side}_weight"), tensors.get(f"{side}_bias"), eps)
+            for side, kind, eps in zip("qk", (self.q_kind, self.k_kind), self.eps, strict=True)
         }
         return norms if self.spread == 1.0 else norms | {"softmax_scale": self.spread * self.width**-0.5}
 
@@ -306,6 +309,16 @@ def assert_compiles_once(device: str, compiler: str, planned: bool, packed: bool
         actual = {"out": out, **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
         assert_same_bits(actual, {name: expected[name] for name in actual})
     assert counter.frame_count == 1
+
+
+def assert_saved_tensors_may_move(case: Case, device: str) -> None:
+    """Hooks that keep saved tensors elsewhere give them back at another address and without the strides of a view."""
+    tensors = case.inputs(device)
+    assert not tensors["q"].is_contiguous()
+    expected = case.results(tensors)
+    moved = partial(torch.clone, memory_format=torch.contiguous_format)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, moved):
+        assert_same_bits(case.results(tensors), expected)
 
 
 def assert_checkpointing_changes_nothing(case: Case, device: str) -> None:

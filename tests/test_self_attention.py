@@ -22,6 +22,8 @@ from attention_checks import (
     assert_opcheck,
     assert_other_images_do_not_leak,
     assert_packed_is_unpacked,
+    assert_same_bits,
+    assert_saved_tensors_may_move,
     assert_strides_do_not_matter,
 )
 from torch import Tensor
@@ -186,8 +188,9 @@ def test_kernels_of_empty_and_tiny_packs(lengths: tuple[int, ...], planned: bool
 @pytest.mark.parametrize(("lengths_k", "others"), [(None, ((40, 6), None)), ((2, 6), ((40, 5), (3, 2)))], ids=str)
 @pytest.mark.usefixtures("kernels_on_cpu")
 def test_a_plan_of_other_numbers_of_tokens_is_refused(lengths_k: tuple[int, ...] | None, others: tuple) -> None:
+    """As on a GPU, where nobody compares its lengths."""
     case = Case((40, 5), 1, 16, lengths_k=lengths_k)
-    plan = plan_pack(others[0], lengths_k=others[1])
+    plan = replace(case.plan("cpu"), host_offsets=plan_pack(others[0], lengths_k=others[1]).host_offsets)
     with (
         mock.patch.object(Case, "plan", return_value=plan),
         pytest.raises(ValueError, match=r"plan must be of 45 tokens of q and (45|8) of k, got of"),
@@ -220,28 +223,47 @@ def test_strides_do_not_matter() -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.usefixtures("kernels_on_cpu")
+def test_saved_tensors_may_move() -> None:
+    assert_saved_tensors_may_move(Case((5, 130), 2, 16), "cpu")
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_kernels_under_autocast() -> None:
+    case = Case((5, 130), 2, 16, FP32)
+    tensors = case.inputs()
+    halved = {name: tensor.to(BF16) if tensor.dim() == 3 else tensor for name, tensor in tensors.items()}
+    with torch.autocast("cpu", BF16):
+        results = case.results(tensors | {"dout": halved["dout"]})
+    assert {name for name, tensor in results.items() if tensor.dtype == BF16} == {"out"}
+    expected = replace(case, dtype=BF16).results(halved)
+    assert_same_bits({k: v.float() for k, v in results.items()}, {k: v.float() for k, v in expected.items()})
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("kernels_on_cpu")
 def test_frozen_parameters_and_inference_save_no_state() -> None:
     from navit_kernels.self_attention import launch
 
     case = Case((5, 40), 2, 16)
     tensors = case.inputs()
     expected = case.results(tensors)
-    shapes = []
+    saved = []
     forward = launch.forward
 
-    def spy(*arguments: object) -> tuple[Tensor, ...]:
+    def spy(*arguments: object) -> tuple[Tensor | None, ...]:
         outputs = forward(*arguments)
-        shapes.append([tuple(tensor.shape) for tensor in outputs])
+        saved.append(outputs[1:])
         return outputs
 
     with mock.patch.object(launch, "forward", spy):
         q, k, v = (tensors[name] for name in "qkv")
         out_THD = varlen_attention(q, k, v, cu_seqlens_of([5, 40]), **case.options(tensors))
         assert torch.equal(out_THD, expected["out"])
-        assert shapes.pop()[1] == (0,)
+        assert saved.pop() == (None, None)
         v.requires_grad_()
         out_THD = varlen_attention(q, k, v, cu_seqlens_of([5, 40]), **case.options(tensors))
-        assert shapes.pop()[1] == (2, 45)
+        assert [None if tensor is None else tuple(tensor.shape) for tensor in saved.pop()] == [(2, 45), None]
     assert torch.equal(torch.autograd.grad(out_THD, v, tensors["dout"])[0], expected["dv"])
 
 

@@ -25,6 +25,7 @@ T tokens, H heads, D head width.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import triton.experimental.gluon.language as gl
@@ -32,7 +33,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from .._jit import launch_kernel
+from .._jit import BoundKernel
 from .hopper_resident_steps import (
     ROWS,
     delta_rows,
@@ -428,22 +429,29 @@ def hopper_backward_resident(
     tma.store_wait(0)
 
 
+@functools.lru_cache(1024)
+def bound_resident(
+    signature: Any, splits: int, weight_grads: bool, block: int, use_lse: bool, registers: int | None
+) -> BoundKernel:
+    _, second = parts(max(signature.width, PART.value))
+    options = {} if registers is None else dict(maxnreg=registers)
+    return BoundKernel(
+        hopper_backward_resident, **signature.norm_numbers, **signature.weights, **signature.scores,
+        **signature.score_gradients, H=signature.heads, D=signature.width, D2=second, WEIGHT_GRADS=weight_grads,
+        SPLITS=splits, BLOCKS=block // ROWS.value, LEAVING=1 if second else 2, USE_LSE=use_lse, num_warps=4, **options,
+    )  # fmt: skip
+
+
 def backward_resident(
     call: Any, index: int, dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
     partials: Tensor, splits: int, weight_grads: bool, *, block: int, use_lse: bool = True,
     registers: int | None = None,
 ) -> None:  # fmt: skip
-    norms = call.norms
-    first, second = parts(max(call.width, PART.value))
+    first, second = parts(max(call.signature.width, PART.value))
     tensors = dict(q=call.q, k=call.k, v=call.v, dout=dout, dq=dq, dk=dk, dv=dv)
     descriptors = {f"{name}_1": ragged(x, ROWS.value, first) for name, x in tensors.items()}
     descriptors |= {f"{name}_2": ragged(x, ROWS.value, second) if second else None for name, x in tensors.items()}
-    options = {} if registers is None else dict(maxnreg=registers)
-    launch_kernel(
-        hopper_backward_resident, call.grid(index),
-        **descriptors, **call.weights(), **call.work(index), out_ptr=out, lse_ptr=lse, partials_ptr=partials,
-        q_eps=norms.q_eps, k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale,
-        softmax_scale=call.softmax_scale, key_factor=call.key_factor, H=call.heads, D=call.width, D2=second,
-        Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, WEIGHT_GRADS=weight_grads, SPLITS=splits,
-        BLOCKS=block // ROWS.value, LEAVING=1 if second else 2, USE_LSE=use_lse, num_warps=4, **options,
+    bound_resident(call.signature, splits, weight_grads, block, use_lse, registers)(
+        call.grid(index), **descriptors, **call.weight_pointers, **call.work(index), out_ptr=out, lse_ptr=lse,
+        partials_ptr=partials,
     )  # fmt: skip

@@ -28,6 +28,7 @@ T tokens, H heads, D head width.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import triton.experimental.gluon.language as gl
@@ -40,7 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .._jit import launch_kernel
+from .._jit import BoundKernel
 from .hopper_steps import PART, parts, ragged
 from .hopper_tile_steps import (
     add_columns,
@@ -258,21 +259,27 @@ def hopper_backward_tile(
     tma.store_wait(0)
 
 
+@functools.lru_cache(1024)
+def bound_tile(
+    signature: Any, splits: int, weight_grads: bool, block: int, warps: int, use_lse: bool, registers: int | None
+) -> BoundKernel:
+    _, second = parts(max(signature.width, PART.value))
+    options = {} if registers is None else dict(maxnreg=registers)
+    return BoundKernel(
+        hopper_backward_tile, **signature.norm_numbers, **signature.weights, **signature.scores,
+        **signature.score_gradients, H=signature.heads, D=signature.width, D2=second, WEIGHT_GRADS=weight_grads,
+        SPLITS=splits, BLOCK=block, USE_LSE=use_lse, num_warps=warps, **options,
+    )  # fmt: skip
+
+
 def backward_tile(
     call: Any, index: int, dout: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, partials: Tensor, splits: int,
     weight_grads: bool, *, block: int, warps: int = 4, use_lse: bool = True, registers: int | None = None,
 ) -> None:  # fmt: skip
-    norms = call.norms
-    first, second = parts(max(call.width, PART.value))
+    first, second = parts(max(call.signature.width, PART.value))
     tensors = dict(q=call.q, k=call.k, v=call.v, dout=dout, dq=dq, dk=dk, dv=dv)
     descriptors = {f"{name}_1": ragged(x, block, first) for name, x in tensors.items()}
     descriptors |= {f"{name}_2": ragged(x, block, second) if second else None for name, x in tensors.items()}
-    options = {} if registers is None else dict(maxnreg=registers)
-    launch_kernel(
-        hopper_backward_tile, call.grid(index),
-        **descriptors, **call.weights(), **call.work(index), lse_ptr=lse, partials_ptr=partials, q_eps=norms.q_eps,
-        k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale, softmax_scale=call.softmax_scale,
-        key_factor=call.key_factor, H=call.heads, D=call.width, D2=second, Q_NORM=norms.q_kind, K_NORM=norms.k_kind,
-        FOLD=call.fold, WEIGHT_GRADS=weight_grads, SPLITS=splits, BLOCK=block, USE_LSE=use_lse, num_warps=warps,
-        **options,
-    )  # fmt: skip
+    bound_tile(call.signature, splits, weight_grads, block, warps, use_lse, registers)(
+        call.grid(index), **descriptors, **call.weight_pointers, **call.work(index), lse_ptr=lse, partials_ptr=partials
+    )

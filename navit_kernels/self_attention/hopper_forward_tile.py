@@ -24,9 +24,9 @@ T tokens, H heads, D head width.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-import torch
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton import constexpr_function
@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .._jit import launch_kernel
+from .._jit import BoundKernel
 from .hopper_steps import PART, parts, ragged
 from .hopper_tile_steps import (
     add_columns,
@@ -371,23 +371,29 @@ def hopper_forward_tile(
             gl.store(pointers, m + gl.log2(l), mask=rows < q_length)
 
 
+@functools.lru_cache(1024)
+def bound_tile(
+    signature: Any, save_lse: bool, block: int, chunk: int, warps: int, fixed_max: bool, registers: int | None
+) -> BoundKernel:
+    _, second = parts(max(signature.width, PART.value))
+    options = {} if registers is None else dict(maxnreg=registers)
+    return BoundKernel(
+        hopper_forward_tile, **signature.norm_numbers, **signature.weights, **signature.scores, H=signature.heads,
+        D=signature.width, D2=second, SAVE_LSE=save_lse, BLOCK=block, CHUNK=chunk, num_warps=warps, **options,
+        TRY_FIXED_MAX=fixed_max and signature.bounds_scores and signature.norm_numbers["Q_NORM"] != 0,
+    )  # fmt: skip
+
+
 def forward_tile(
     call: Any, index: int, out: Tensor, lse: Tensor, save_lse: bool, *, block: int, chunk: int, warps: int = 4,
     fixed_max: bool = True, registers: int | None = None,
 ) -> None:  # fmt: skip
-    norms = call.norms
-    first, second = parts(max(call.width, PART.value))
-    rows = 16 * warps
-    tensors = dict(q=(call.q, rows), k=(call.k, block), v=(call.v, block))
+    signature = call.signature
+    first, second = parts(max(signature.width, PART.value))
+    tensors = dict(q=(call.q, 16 * warps), k=(call.k, block), v=(call.v, block))
     descriptors = {f"{name}_1": ragged(x, n, first) for name, (x, n) in tensors.items()}
     if second:
         descriptors |= {f"{name}_2": ragged(x, n, second) for name, (x, n) in tensors.items()}
-    options = {} if registers is None else dict(maxnreg=registers)
-    launch_kernel(
-        hopper_forward_tile, call.grid(index),
-        **descriptors, **call.weights(), **call.work(index), out_ptr=out, lse_ptr=lse, q_eps=norms.q_eps,
-        k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale, H=call.heads, D=call.width,
-        D2=second, Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse, BLOCK=block,
-        CHUNK=chunk, num_warps=warps, **options,
-        TRY_FIXED_MAX=fixed_max and 0 not in (norms.q_kind, norms.k_kind) and out.dtype != torch.float16,
-    )  # fmt: skip
+    bound_tile(signature, save_lse, block, chunk, warps, fixed_max, registers)(
+        call.grid(index), **descriptors, **call.weight_pointers, **call.work(index), out_ptr=out, lse_ptr=lse
+    )

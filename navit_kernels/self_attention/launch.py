@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from .._jit import architecture, gluon_is_supported, launch_kernel
+from .._jit import BoundKernel, architecture, gluon_is_supported, launch_kernel
 from ..head_norm import NORM_CODES
 from ..plan import CLASS_LIMITS, CLASSES, ITEM_FIELDS, TILE, check_plan_tokens, max_items
 from . import kernel, kernel_backward
-from .config import ClassConfig, Launch, choose_config, rows_of_class, split_head_dim
+from .config import ClassConfig, Launch, rows_of_class
+from .signature import Signature, strided
 
+LONGEST_FIRST = range(CLASSES - 1, -1, -1)
 PREPARE = {16: (32, 4), 32: (16, 8)}  # rows and warps of backward_prepare by bits; float32 multiplies there, too
 
 
-@dataclass(frozen=True)
-class Norms:
+class Norms(NamedTuple):
     """The norms of a call, taken apart: tensors may be None, kinds are NORM_CODES."""
 
     q_kind: int
@@ -35,11 +35,12 @@ class Norms:
 
 def tma_reaches(*tensors: Tensor) -> bool:
     """Whether addresses and strides of (T, H, D) tensors are multiples of 16 bytes, as TMA wants them."""
-    return all(
-        tensor.data_ptr() % 16 == 0
-        and all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in tensor.stride()[:2])
-        for tensor in tensors
-    )
+    size = tensors[0].element_size()
+    for tensor in tensors:
+        token, head, _ = tensor.stride()
+        if tensor.data_ptr() % 16 or token <= 0 or head <= 0 or token * size % 16 or head * size % 16:
+            return False
+    return True
 
 
 def plan_on_device(cu_seqlens: Tensor, cu_seqlens_k: Tensor, tokens: int, tokens_k: int) -> tuple[Tensor, Tensor]:
@@ -66,55 +67,59 @@ def compile_options(launch: Launch) -> dict:
     return options if launch.registers is None else options | dict(maxnreg=launch.registers)
 
 
+known_signature = functools.lru_cache(256)(Signature)
+
+
+def signature_of(q: Tensor, k: Tensor, v: Tensor, norms: Norms, softmax_scale: float) -> Signature:
+    heads, width = q.shape[1:]
+    weights = (norms.q_weight, norms.q_bias, norms.k_weight)
+    q_weight, q_bias, k_weight = (0 if weight is None else weight.dim() for weight in weights)
+    return known_signature(
+        architecture(q.device), q.dtype, heads, width, q.stride(), k.stride(), v.stride(),
+        norms.q_kind, q_weight, q_bias, norms.q_eps, norms.k_kind, k_weight, norms.k_eps, softmax_scale,
+    )  # fmt: skip
+
+
 class Launcher:
-    """What the kernels of one call have in common: shapes, strides, weights, work."""
+    """One call's tensors and work, and its Signature, whose attributes are this one's, too."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, norms: Norms, softmax_scale: float, items: Tensor, offsets: Tensor,
-        host_offsets: Tensor | None, cross: bool = False,
+        host_offsets: Tensor | None, cross: bool = False, signature: Signature | None = None,
     ) -> None:  # fmt: skip
-        self.q, self.k, self.v, self.norms, self.softmax_scale = q, k, v, norms, softmax_scale
+        self.q, self.k, self.v, self.norms = q, k, v, norms
+        self.signature = signature or signature_of(q, k, v, norms, softmax_scale)
         self.items, self.offsets = items, offsets
-        self.heads, self.width = q.shape[1:]
-        first, second = split_head_dim(self.width)
-        self.arch = architecture(q.device)
-        self.bits = q.element_size() * 8
-        weights = (norms.q_weight, norms.q_bias, norms.k_weight)
-        centred = norms.k_kind == NORM_CODES["layer_norm"]  # K's mean leaves the scores by way of u
-        self.fold = norms.q_kind != 0 or centred or any(weight is not None for weight in weights)
-        self.shift = norms.q_bias is not None
-        self.fold_scale = softmax_scale * math.log2(math.e)
-        self.score_scale = 1.0 if self.fold else self.fold_scale
-        self.key_factor = math.log(2) if self.fold else softmax_scale
-        self.shape = dict(H=self.heads, D=self.width, D1=first, D2=second)
         self.tokens = q.shape[0] + (k.shape[0] if cross else 0)  # at least the sum of each segment's longer side
-        self.on_device = host_offsets is None
         self.ends = None if host_offsets is None else host_offsets.tolist()
         if self.ends is not None:
             check_plan_tokens(self.ends, q.shape[0], k.shape[0])
+        # those that may hold work, the longest segments first
+        self.classes = [c for c in LONGEST_FIRST if self.items_of(c) > 0]
+        _, q_weight, q_bias, _, _, k_weight, _ = norms
+        self.weight_pointers = dict(
+            q_weight_ptr=offsets if q_weight is None else q_weight, q_bias_ptr=offsets if q_bias is None else q_bias,
+            k_weight_ptr=offsets if k_weight is None else k_weight,
+        )  # fmt: skip
 
-    def config(self, index: int, gluon: bool = False, gluon_backward: bool | None = None) -> ClassConfig:
-        return choose_config(self.arch, self.width, index, self.bits, gluon, gluon_backward)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.signature, name)
 
     def gluon(self, *tensors: Tensor) -> bool:
         """Whether Hopper's own kernels may run, which reach all tensors by TMA."""
-        if self.arch != 90 or self.bits == 32 or self.q.device.type == "cpu" or not gluon_is_supported():
+        if self.q.device.type == "cpu" or not gluon_is_supported():
             return False
         if tma_reaches(*tensors):
             return True
         warnings.warn("tensors without 16-byte alignment: varlen_attention's slower portable kernels run", stacklevel=2)
         return False
 
-    def classes(self) -> list[int]:
-        """The classes that may hold work, the longest segments first."""
-        return [c for c in reversed(range(CLASSES)) if self.items_of(c) > 0]
-
     def grid(self, index: int, splits: int = 1) -> tuple[int]:
-        return (self.items_of(index) * self.heads * splits,)
+        return (self.items_of(index) * self.signature.heads * splits,)
 
     def items_of(self, index: int) -> int:
         """A class's items; on the device, where their count is, the most that there can be."""
-        return self.most_items(index) if self.on_device else self.ends[index + 1] - self.ends[index]
+        return self.most_items(index) if self.ends is None else self.ends[index + 1] - self.ends[index]
 
     def most_items(self, index: int) -> int:
         """A bound on a class's items from shapes alone; the programs beyond its true count end at once."""
@@ -126,23 +131,15 @@ class Launcher:
 
     def work(self, index: int) -> dict:
         """The arguments that say which items a launch works on."""
-        first = 0 if self.on_device else self.ends[index]
         return dict(
-            items_ptr=self.items, offsets_ptr=self.offsets, first_item=first, tokens=self.q.shape[0],
-            tokens_k=self.k.shape[0], CLASS=index, ON_DEVICE=self.on_device,
+            items_ptr=self.items, offsets_ptr=self.offsets, first_item=0 if self.ends is None else self.ends[index],
+            tokens=self.q.shape[0], tokens_k=self.k.shape[0], CLASS=index, ON_DEVICE=self.ends is None,
         )  # fmt: skip
 
     def rows(self, **tensors: Tensor) -> dict:
-        """Pointer and strides of (T, H, D) tensors: q=q gives q_ptr, q_stride_t and q_stride_h, the latter in UNITs.
-
-        A head width of 72 is a multiple of 8 but not of 16; only with the 8 spelled out do loads take 16 bytes.
-        """
-        unit = 8 if all(tensor.stride(1) % 8 == 0 for tensor in tensors.values()) else 1
-        args: dict = dict(UNIT=unit)
-        for name, tensor in tensors.items():
-            args[f"{name}_ptr"] = tensor
-            args[f"{name}_stride_t"], args[f"{name}_stride_h"] = tensor.stride(0), tensor.stride(1) // unit
-        return args
+        """Pointer and strides of (T, H, D) tensors: q=q gives q_ptr, q_stride_t and q_stride_h; see `strided`."""
+        pointers = {f"{name}_ptr": tensor for name, tensor in tensors.items()}
+        return pointers | strided(**{name: tensor.stride() for name, tensor in tensors.items()})
 
     def outputs(self, **tensors: Tensor) -> dict:
         """Pointer and token stride of (T, H, D) tensors whose heads lie side by side."""
@@ -152,68 +149,73 @@ class Launcher:
         return args
 
     def weights(self) -> dict:
-        args: dict = {}
-        for name in ("q_weight", "q_bias", "k_weight"):
-            tensor = getattr(self.norms, name)
-            args[f"{name}_ptr"] = self.offsets if tensor is None else tensor
-            args[f"{name}_stride"] = self.width if tensor is not None and tensor.dim() == 2 else 0
-            args[name.upper()] = tensor is not None
-        return args
-
-    def precision(self) -> str:
-        return "ieee" if self.bits == 32 else "tf32"
+        return self.weight_pointers | self.signature.weights
 
 
-def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(out_THD, lse_HT in units of log2 and without βk's share, r_HT2); lse and r are empty where not needed."""
-    q, k, v, norms = call.q, call.k, call.v, call.norms
+@functools.lru_cache(1024)
+def bound_forward(signature: Signature, index: int, gluon: bool, save_lse: bool) -> BoundKernel:
+    """The portable forward of a class."""
+    config, rows = signature.config(index, gluon), rows_of_class(index)
+    launch = config.forward
+    common = dict(
+        **signature.strides, **signature.weights, **signature.shape, **signature.norm_numbers, **signature.scores,
+        SAVE_LSE=save_lse, PRECISION=signature.precision, **compile_options(launch),
+    )  # fmt: skip
+    if launch.kernel == "tile":
+        return BoundKernel(kernel.forward_tile, BLOCK=launch.block_m, **common)
+    return BoundKernel(
+        kernel.forward_stream, **common, ROWS=rows, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n,
+        NORMALIZE_KEYS=config.normalize_keys and signature.norm_numbers["K_NORM"] != 0,
+        TRY_FIXED_MAX=config.fixed_max and signature.bounds_scores,
+    )  # fmt: skip
+
+
+def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(out_THD, lse_HT in units of log2 and without βk's share, r_HT2); lse and r are None where not needed."""
+    q, k, v, signature = call.q, call.k, call.v, call.signature
     tokens, tokens_k = q.shape[0], k.shape[0]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty((call.heads, tokens) if save_lse else (0,), dtype=torch.float32)
-    needs_r = norms.k_kind != 0 and call.bits != 32
-    r = q.new_empty((call.heads, tokens_k, 2) if needs_r else (0,), dtype=torch.float32)
+    lse = q.new_empty((signature.heads, tokens), dtype=torch.float32) if save_lse else None
+    r = None
     if tokens == 0:
         return out, lse, r
-    common = dict(
-        **call.rows(q=q, k=k, v=v), **call.weights(), **call.shape, out_ptr=out, lse_ptr=lse, q_eps=norms.q_eps,
-        k_eps=norms.k_eps, fold_scale=call.fold_scale, score_scale=call.score_scale,
-        Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold, SAVE_LSE=save_lse, PRECISION=call.precision(),
-    )  # fmt: skip
-    gluon = tokens_k > 0 and call.gluon(q, k, v, out)
-    for index in call.classes():
-        config = call.config(index, gluon)
-        launch, rows = config.forward, rows_of_class(index)
+    lse_or_any = call.offsets if lse is None else lse
+    tensors = dict(q_ptr=q, k_ptr=k, v_ptr=v, out_ptr=out, lse_ptr=lse_or_any, **call.weight_pointers)
+    gluon = tokens_k > 0 and not signature.hopper_forward.isdisjoint(call.classes) and call.gluon(q, k, v, out)
+    for index in call.classes:
+        config = signature.forward_configs[gluon][index]
+        launch = config.forward
         if launch.kernel == "hopper_tile":
             from . import hopper_forward_tile
 
             hopper_forward_tile.forward_tile(
-                call, index, out, lse, save_lse, block=launch.block_m, chunk=launch.block_n, warps=launch.warps,
+                call, index, out, lse_or_any, save_lse, block=launch.block_m, chunk=launch.block_n, warps=launch.warps,
                 fixed_max=config.fixed_max, registers=launch.registers,
             )  # fmt: skip
             continue
-        options = compile_options(launch)
         if launch.kernel == "tile":
-            launch_kernel(
-                kernel.forward_tile, call.grid(index), **common, **call.work(index), BLOCK=launch.block_m, **options
-            )
+            bound_forward(signature, index, gluon, save_lse)(call.grid(index), **tensors, **call.work(index))
             continue
-        fixed_max = config.fixed_max and norms.k_kind != 0 and q.dtype != torch.float16
         r_tiles = None
         if launch.kernel == "hopper_stream":
             from . import hopper_forward
 
             r_tiles = hopper_forward.key_size_tiles(call, index)
-        if needs_r and not config.normalize_keys:
+        takes_r = call.norms.k_kind != 0 and signature.bits != 32 and not config.normalize_keys
+        if takes_r:
+            if r is None:
+                r = q.new_empty((signature.heads, tokens_k, 2), dtype=torch.float32)
             key_sizes(call, index, r, r_tiles)
         if r_tiles is not None:
-            hopper_forward.forward_stream(call, index, launch, out, lse, r_tiles, save_lse, fixed_max)
+            fixed_max = config.fixed_max and signature.bounds_scores
+            hopper_forward.forward_stream(call, index, launch, out, lse_or_any, r_tiles, save_lse, fixed_max)
             continue
-        launch_kernel(
-            kernel.forward_stream, call.grid(index, rows // launch.block_m),
-            **common, **call.work(index), r_ptr=r if needs_r else lse, ROWS=rows,
-            BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, NORMALIZE_KEYS=config.normalize_keys and norms.k_kind != 0,
-            TRY_FIXED_MAX=fixed_max, **options,
-        )  # fmt: skip
+        bound_forward(signature, index, gluon, save_lse)(
+            call.grid(index, rows_of_class(index) // launch.block_m),
+            **tensors,
+            **call.work(index),
+            r_ptr=r if takes_r else lse_or_any,
+        )
     return out, lse, r
 
 
@@ -222,18 +224,25 @@ def programs_per_item(index: int, config: ClassConfig) -> int:
     return max(1, rows_of_class(index) // (config.queries or config.backward).block_m)
 
 
+@functools.lru_cache(1024)
+def bound_key_sizes(signature: Signature, index: int, tiles: bool) -> BoundKernel:
+    norms = signature.norm_numbers
+    names = ("UNIT", "k_stride_t", "k_stride_h")
+    return BoundKernel(
+        kernel.key_sizes, **{name: signature.strides[name] for name in names}, **signature.shape,
+        k_eps=norms["k_eps"], K_NORM=norms["K_NORM"], ROWS=rows_of_class(index), TILES=tiles, num_warps=4,
+    )  # fmt: skip
+
+
 def key_sizes(call: Launcher, index: int, r: Tensor, r_tiles: Tensor | None = None) -> None:
-    rows = rows_of_class(index)
-    launch_kernel(
-        kernel.key_sizes, call.grid(index),
-        **call.rows(k=call.k), **call.work(index), **call.shape, r_ptr=r, r_tiles_ptr=r if r_tiles is None else r_tiles,
-        slots=0 if r_tiles is None else r_tiles.shape[1], k_eps=call.norms.k_eps, K_NORM=call.norms.k_kind, ROWS=rows,
-        TILES=r_tiles is not None, num_warps=4,
+    bound_key_sizes(call.signature, index, r_tiles is not None)(
+        call.grid(index), k_ptr=call.k, **call.work(index), r_ptr=r, r_tiles_ptr=r if r_tiles is None else r_tiles,
+        slots=0 if r_tiles is None else r_tiles.shape[1],
     )  # fmt: skip
 
 
 def backward(
-    call: Launcher, dout: Tensor, out: Tensor, lse: Tensor, r: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    call: Launcher, dout: Tensor, out: Tensor, lse: Tensor, r: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
     weight_grads: bool,
 ) -> Tensor | None:  # fmt: skip
     """Write dq, dk, dv; return the gradients of γq, βq, γk as float32 (H, 3, D), or None."""
@@ -243,9 +252,9 @@ def backward(
         for grad in (dq, dk, dv):
             grad.zero_()
         return q.new_zeros(call.heads, 3, call.width, dtype=torch.float32) if weight_grads else None
-    gluon = call.gluon(q, k, v, out)
+    gluon = not call.signature.hopper.isdisjoint(call.classes) and call.gluon(q, k, v, out)
     gluon_backward = gluon and call.gluon(dout, dq, dk, dv)
-    configs = {index: call.config(index, gluon, gluon_backward) for index in call.classes()}
+    configs = {index: call.config(index, gluon, gluon_backward) for index in call.classes}
     splits = max((programs_per_item(i, c) for i, c in configs.items()), default=1)
     partials = lse
     if weight_grads:
@@ -256,7 +265,7 @@ def backward(
     grads = dict(partials_ptr=partials, WEIGHT_GRADS=weight_grads, SPLITS=splits, softmax_scale=call.softmax_scale)
     eps = dict(q_eps=norms.q_eps, k_eps=norms.k_eps)
     kinds = dict(Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold)
-    score = dict(score_scale=call.score_scale, PRECISION=call.precision())
+    score = dict(score_scale=call.score_scale, PRECISION=call.precision)
     inputs = call.rows(q=q, k=k, v=v, dout=dout)
     row_pairs = None
     for index, config in configs.items():
@@ -299,7 +308,7 @@ def backward(
             continue
         rows, queries = rows_of_class(index), config.queries
         normalize_keys = config.normalize_keys and norms.k_kind != 0
-        r_or_any = r if r.numel() else lse
+        r_or_any = lse if r is None or r.numel() == 0 else r
         hopper = launch.kernel == "hopper_stream"
         if hopper:
             padded = torch.empty(3, call.items_of(index), call.heads, rows, dtype=torch.float32, device=q.device)

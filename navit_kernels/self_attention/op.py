@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._autocast import autocast_dtype
-from .._checks import check_cu_seqlens, check_dtype, check_option, check_same, check_shape, fail
+from .._checks import check_shape
 from .._direct import skips_dispatcher
-from ..head_norm import NORM_CODES, HeadNorm, check_head_norm
+from ..head_norm import HeadNorm
 from ..plan import CLASSES, ITEM_FIELDS, PackPlan, max_items
-from . import reference
-from .config import SUPPORTED_HEAD_DIMS
+from . import arguments, reference
+from .arguments import launchers
 
-BACKENDS = ("auto", "reference", "triton", "fa3", "fa4")
-NO_NORM = HeadNorm()
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+if TYPE_CHECKING:
+    from .launch import Launcher, Signature
 
 
 def varlen_attention(
@@ -62,32 +62,40 @@ def varlen_attention(
 
     Returns out_THD, or (out_THD, lse_HT). The kernels promise, forward and backward: the same bits for the same
     inputs; the same bits for a segment whatever else is in the pack and wherever it stands; nothing from other
-    segments, NaN and inf included. No call waits for the device. Values of cu_seqlens are checked on CPU tensors only
-    (`navit_kernels._checks.check_cu_seqlens_values` checks them anywhere, on request): wrong values on a GPU give
-    wrong numbers, never a wrong address.
+    segments, NaN and inf included. No call waits for the device: values of cu_seqlens, and that a plan's are the same,
+    are checked on CPU tensors only (`navit_kernels._checks.check_cu_seqlens_values` checks the former anywhere, on
+    request). On a GPU wrong values, or a plan of other lengths, give wrong numbers, never a wrong address; a plan of
+    another number of tokens is refused where its numbers are on the host.
 
     Raises ValueError naming the argument, what was expected and what came; ImportError for a flash-attn that is not
     installed.
     """
-    _check_inputs(q_THD, k_THD, v_THD, cu_seqlens_k is not None)
+    if rope is not None:
+        raise NotImplementedError("rope is reserved and must be None")
+    arguments.check_inputs(q_THD, k_THD, v_THD, cu_seqlens_k is not None)
     q_THD, k_THD, v_THD = _autocast(q_THD, k_THD, v_THD)
-    _check_call(q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens_k, q_norm, k_norm, rope, plan, backend)
     scale = q_THD.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    signature = arguments.check_call(
+        (q_THD, k_THD, v_THD), cu_seqlens, cu_seqlens_k, q_norm, k_norm, plan, backend, scale
+    )
     if backend in ("fa3", "fa4"):
         from . import flash
 
         return flash.attention(
             q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens_k, q_norm, k_norm, scale, plan, return_lse, backend
         )
-    if _takes_reference(backend, q_THD):
+    if signature is None and arguments.takes_reference(backend, q_THD):
         out_THD, lse_HT = reference.varlen_attention(
             q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens_k, q_norm=q_norm, k_norm=k_norm, softmax_scale=scale
         )
-    else:
-        out_THD, lse_HT = _run(q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens_k, q_norm, k_norm, scale, plan, return_lse)
-        if return_lse:
-            lse_HT = _natural_lse(lse_HT, q_THD, q_norm, k_norm, scale)
-    return (out_THD, lse_HT.detach()) if return_lse else out_THD
+        return (out_THD, lse_HT.detach()) if return_lse else out_THD
+    out_THD, lse_or_none = _run(
+        q_THD, k_THD, v_THD, cu_seqlens, cu_seqlens_k, q_norm, k_norm, scale, plan, return_lse, signature
+    )
+    if not return_lse:
+        return out_THD
+    assert lse_or_none is not None
+    return out_THD, _natural_lse(lse_or_none, q_THD, q_norm, k_norm, scale).detach()
 
 
 def varlen_attention_qkvpacked(
@@ -105,7 +113,7 @@ def varlen_attention_qkvpacked(
     qkv_T3HD: (T, 3, H, D); the last two axes contiguous on a GPU. All else as in `varlen_attention`.
     """
     check_shape("qkv", qkv_T3HD, (None, 3, None, None), "(T, 3, H, D)")
-    if backend in ("fa3", "fa4") or _takes_reference(backend, qkv_T3HD):
+    if backend in ("fa3", "fa4") or arguments.takes_reference(backend, qkv_T3HD):
         q_THD, k_THD, v_THD = qkv_T3HD.unbind(1)
         out = varlen_attention(
             q_THD, k_THD, v_THD, cu_seqlens, q_norm=q_norm, k_norm=k_norm, softmax_scale=softmax_scale, plan=plan,
@@ -114,10 +122,9 @@ def varlen_attention_qkvpacked(
         assert isinstance(out, Tensor)
         return out
     (qkv_T3HD,) = _autocast(qkv_T3HD)
-    q_THD = qkv_T3HD[:, 0]
-    _check_call(q_THD, q_THD, q_THD, cu_seqlens, None, q_norm, k_norm, None, plan, backend)
-    scale = q_THD.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return _run(qkv_T3HD, None, None, cu_seqlens, None, q_norm, k_norm, scale, plan, False)[0]
+    scale = qkv_T3HD.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    signature = arguments.check_call((qkv_T3HD,), cu_seqlens, None, q_norm, k_norm, plan, backend, scale)
+    return _run(qkv_T3HD, None, None, cu_seqlens, None, q_norm, k_norm, scale, plan, False, signature)[0]
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -125,88 +132,36 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors if dtype is None else tuple(tensor.to(dtype) for tensor in tensors)
 
 
-def _takes_reference(backend: str, q_THD: Tensor) -> bool:
-    check_option("backend", backend, BACKENDS)
-    if backend not in ("auto", "reference") and q_THD.device.type == "cpu":
-        fail("q", f"on a GPU for backend={backend!r}", q_THD.device)
-    return backend == "reference" or (backend == "auto" and q_THD.device.type == "cpu")
-
-
-def _check_inputs(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, cross: bool) -> None:
-    """Shapes, dtypes and devices. What nearly every call brings is accepted first, at little cost."""
-    if isinstance(q_THD, Tensor) and q_THD.dim() == 3:
-        kind = (q_THD.shape, q_THD.dtype, q_THD.device)
-        if all(isinstance(x, Tensor) and (x.shape, x.dtype, x.device) == kind for x in (k_THD, v_THD)):
-            return
-    check_shape("q", q_THD, (None, None, None), "(T, H, D)")
-    heads, width = q_THD.shape[1:]
-    for name, tensor in (("k", k_THD), ("v", v_THD)):
-        check_shape(name, tensor, (None, None, width), "(T, H, D)")
-        if tensor.shape[1] != heads:
-            fail(name, f"of q's head count {heads} (grouped and multi-query heads are not supported)", tensor.shape[1])
-        check_same(name, tensor, "q", q_THD)
-    check_shape("v", v_THD, k_THD.shape, "(T, H, D)")
-    if not cross:
-        check_shape("k", k_THD, q_THD.shape, "(T, H, D)")
-
-
-def _check_call(
-    q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None,
-    q_norm: HeadNorm | None, k_norm: HeadNorm | None, rope: None, plan: PackPlan | None, backend: str,
-) -> None:  # fmt: skip
-    """What both public functions check beyond the shapes of q, k and v."""
-    if rope is not None:
-        raise NotImplementedError("rope is reserved and must be None")
-    check_cu_seqlens("cu_seqlens", cu_seqlens, "q", q_THD)
-    if cu_seqlens_k is not None:
-        check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "k", k_THD)
-        check_shape("cu_seqlens_k", cu_seqlens_k, cu_seqlens.shape, "(S + 1,)")
-    check_head_norm("q_norm", q_norm, "q", q_THD)
-    check_head_norm("k_norm", k_norm, "k", k_THD)
-    if plan is not None:
-        if not isinstance(plan, PackPlan):
-            fail("plan", "a PackPlan", type(plan).__name__)
-        check_shape("plan.cu_seqlens", plan.cu_seqlens, cu_seqlens.shape, "(S + 1,)")
-        check_same("plan.items", plan.items, "q", q_THD, dtype=False)
-        if (plan.cu_seqlens_k is None) != (cu_seqlens_k is None):
-            fail("plan", "made with lengths_k exactly where cu_seqlens_k is given", plan.cu_seqlens_k)
-    if _takes_reference(backend, q_THD):
-        return
-    check_dtype("q", q_THD, DTYPES if backend in ("auto", "triton") else DTYPES[:2])
-    if q_THD.shape[-1] not in SUPPORTED_HEAD_DIMS:
-        fail("q", "of a head width D that is a multiple of 8 from 16 to 128", q_THD.shape[-1])
-    for name, tensor in (("q", q_THD), ("k", k_THD), ("v", v_THD)):
-        if tensor.stride(-1) != 1:
-            fail(name, "contiguous over D", f"strides {tensor.stride()}")
-
-
 def _run(
     q: Tensor, k: Tensor | None, v: Tensor | None, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None,
     q_norm: HeadNorm | None, k_norm: HeadNorm | None, scale: float, plan: PackPlan | None, keep_lse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    signature: Signature | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The kernels. k and v are None where q is the packed (T, 3, H, D)."""
-    direct = skips_dispatcher(q)
+    direct = signature is not None or skips_dispatcher(q)
     if plan is None:
         make = _plan if direct else torch.ops.navit_kernels.plan
         items, offsets = make(cu_seqlens, cu_seqlens_k, q.shape[0], q.shape[0] if k is None else k.shape[0])
         host_offsets = None
     else:
         items, offsets, host_offsets = plan.items, plan.offsets, plan.host_offsets
-    q_kind, k_kind = (NORM_CODES[None if norm is None else norm.kind] for norm in (q_norm, k_norm))
-    q_norm, k_norm = q_norm or NO_NORM, k_norm or NO_NORM
-    parameters = (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias)
-    weights = [None if tensor is None else tensor.contiguous() for tensor in parameters]
-    differentiable = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (q, k, v, *weights)
-    )
-    attend: Callable[..., Any] = torch.ops.navit_kernels.varlen_attention
-    if direct:
-        attend = _Attention.apply if differentiable else _forward
-    out, lse, _ = attend(
-        q, k, v, items, offsets, host_offsets, *weights, q_kind, q_norm.eps, k_kind, k_norm.eps, scale,
-        cu_seqlens_k is not None, differentiable or keep_lse,
-    )  # fmt: skip
-    return out, lse
+    q_kind, q_weight, q_bias, q_eps, k_kind, k_weight, k_eps = arguments.norm_fields(q_norm, k_norm)
+    k_bias = None if k_norm is None else k_norm.bias
+    weights = [None if x is None else x.contiguous() for x in (q_weight, q_bias, k_weight, k_bias)]
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, *weights))
+    lists = (items, offsets, host_offsets)
+    numbers = (q_kind, q_eps, k_kind, k_eps, scale, cu_seqlens_k is not None)
+    shared: tuple[Any, ...] = (q, k, v, *lists, *weights, *numbers)
+    if not direct:
+        out, lse, _ = torch.ops.navit_kernels.varlen_attention(*shared, differentiable or keep_lse)
+        return out, lse
+    call = _launcher(*shared, signature)
+    if not differentiable:
+        return _kernels(call, keep_lse)[:2]
+    # Function.apply without its search for what functorch has left behind
+    apply = super(torch.autograd.Function, _Attention).apply
+    outputs = apply((call, lists, numbers, keep_lse), q, k, v, *weights)
+    return outputs if keep_lse else (outputs, None)
 
 
 def _natural_lse(
@@ -239,10 +194,9 @@ torch.library.define(
 
 
 def _plan(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, tokens: int, tokens_k: int) -> tuple[Tensor, Tensor]:
-    from .launch import plan_on_device
-
     with torch.cuda.device_of(cu_seqlens):
-        return plan_on_device(cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, tokens, tokens_k)
+        cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+        return launchers().plan_on_device(cu_seqlens, cu_seqlens_k, tokens, tokens_k)
 
 
 torch.library.impl("navit_kernels::plan", "CUDA", _plan)
@@ -258,24 +212,32 @@ def _(cu_seqlens, cu_seqlens_k, tokens, tokens_k):  # type: ignore[no-untyped-de
 def _launcher(
     q: Tensor, k: Tensor | None, v: Tensor | None, items: Tensor, offsets: Tensor, host_offsets: Tensor | None,
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, q_kind: int,
-    q_eps: float, k_kind: int, k_eps: float, scale: float, cross: bool,
-) -> Any:  # fmt: skip
-    from .launch import Launcher, Norms
-
-    if k is None or v is None:
-        q, k, v = q.unbind(1)
+    q_eps: float, k_kind: int, k_eps: float, scale: float, cross: bool, signature: Signature | None = None,
+) -> Launcher:  # fmt: skip
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         host_offsets = None  # a captured graph must serve other lengths
-    norms = Norms(q_kind, q_weight, q_bias, q_eps, k_kind, k_weight, k_eps)
-    return Launcher(q, k, v, norms, scale, items, offsets, host_offsets, cross)
+    norms = launchers().Norms(q_kind, q_weight, q_bias, q_eps, k_kind, k_weight, k_eps)
+    return launchers().Launcher(*arguments.sides(q, k, v), norms, scale, items, offsets, host_offsets, cross, signature)
 
 
-def _forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from .launch import forward
+def _kernels(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    with torch.cuda.device_of(call.q):
+        return launchers().forward(call, save_lse)
 
+
+def _key_sizes_shape(q: Tensor, k: Tensor | None, k_kind: int) -> tuple[int, ...]:
+    """Of r, as the registered op returns it: it may be needed; which classes there are, only the kernels' launcher
+    knows."""
+    if k_kind == 0 or q.dtype == torch.float32:
+        return (0,)
+    return q.shape[-2], q.shape[0] if k is None else k.shape[0], 2
+
+
+def _forward(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *shared, keep_lse = rest
-    with torch.cuda.device_of(q):
-        return forward(_launcher(q, *shared), keep_lse)
+    out, lse, r = _kernels(_launcher(q, k, *shared), keep_lse)
+    empty = functools.partial(q.new_empty, dtype=torch.float32)
+    return out, empty(0) if lse is None else lse, empty(_key_sizes_shape(q, k, rest[-5])) if r is None else r
 
 
 torch.library.impl("navit_kernels::varlen_attention", "CUDA", _forward)
@@ -284,22 +246,14 @@ torch.library.impl("navit_kernels::varlen_attention", "CUDA", _forward)
 @torch.library.register_fake("navit_kernels::varlen_attention")
 def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
     tokens, heads, width = q.shape[0], q.shape[-2], q.shape[-1]
-    k_kind, keep_lse = rest[-5], rest[-1]
-    tokens_k = tokens if k is None else k.shape[0]
-    lse = q.new_empty((heads, tokens) if keep_lse else (0,), dtype=torch.float32)
-    needs_r = k_kind != 0 and q.dtype != torch.float32
-    return (
-        q.new_empty(tokens, heads, width),
-        lse,
-        q.new_empty((heads, tokens_k, 2) if needs_r else (0,), dtype=torch.float32),
-    )
+    lse = q.new_empty((heads, tokens) if rest[-1] else (0,), dtype=torch.float32)
+    r = q.new_empty(_key_sizes_shape(q, k, rest[-5]), dtype=torch.float32)
+    return q.new_empty(tokens, heads, width), lse, r
 
 
 def _backward_kernels(
-    dout: Tensor, out: Tensor, lse: Tensor, r: Tensor, q: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any
+    dout: Tensor, out: Tensor, lse: Tensor, r: Tensor | None, q: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .launch import backward
-
     *shared, weight_grads = rest
     if k is None or v is None:
         dqkv = q.new_empty(q.shape)
@@ -310,7 +264,8 @@ def _backward_kernels(
     if dout.stride(-1) != 1 or 0 in dout.stride():  # an expanded one would keep TMA away
         dout = dout.contiguous()
     with torch.cuda.device_of(q):
-        weights_H3D = backward(_launcher(q, k, v, *shared), dout, out, lse, r, dq, dk, dv, weight_grads)
+        call = _launcher(q, k, v, *shared)
+        weights_H3D = launchers().backward(call, dout, out, lse, r, dq, dk, dv, weight_grads)
     return *outputs, q.new_empty(0, dtype=torch.float32) if weights_H3D is None else weights_H3D
 
 
@@ -324,50 +279,57 @@ def _(dout, out, lse, r, q, k, v, *rest):  # type: ignore[no-untyped-def]
     return *grads, q.new_empty(shape, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *shared, _ = inputs
-    ctx.numbers = shared[10:]
-    ctx.save_for_backward(*output, *shared[:10])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.numbers = inputs[10:-1]
+    ctx.save_for_backward(*output, *inputs[:10])
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dout: Tensor | None, backward: Callable[..., tuple[Tensor, ...]]) -> tuple[Any, ...]:
-    out, lse, r, *tensors = ctx.saved_tensors
-    nothing = (None,) * 17
+def _gradients(
+    ctx: Any, dout: Tensor | None, needed: Sequence[bool], backward: Callable[..., tuple[Tensor, ...]]
+) -> list[Tensor | None]:
+    """Of q, k, v and the four parameters; needed: which of the latter."""
     if dout is None:
-        return nothing
-    weights = tensors[6:]
-    weight_grads = any(ctx.needs_input_grad[6:9])
-    dq, dk, dv, weights_H3D = backward(dout, out, lse, r, *tensors, *ctx.numbers, weight_grads)
+        return [None] * 7
+    out, lse, r, *tensors = ctx.saved_tensors
+    dq, dk, dv, weights_H3D = backward(dout, out, lse, r, *tensors, *ctx.numbers, any(needed[:3]))
     packed = tensors[1] is None
-    grads: list[Tensor | None] = [None] * 4
-    for i, weight in enumerate(weights[:3]):
-        if weight is not None and ctx.needs_input_grad[6 + i]:
+    grads: list[Tensor | None] = [dq, None if packed else dk, None if packed else dv]
+    for i, weight in enumerate(tensors[6:]):
+        if weight is None or not needed[i]:
+            grads.append(None)
+        elif i == 3:
+            grads.append(torch.zeros_like(weight))
+        else:
             grad_HD = weights_H3D[:, i]
-            grads[i] = (grad_HD if weight.dim() == 2 else grad_HD.sum(0)).to(weight.dtype)
-    if weights[3] is not None and ctx.needs_input_grad[9]:
-        grads[3] = torch.zeros_like(weights[3])
-    return dq, None if packed else dk, None if packed else dv, None, None, None, *grads, *nothing[:7]
+            grads.append((grad_HD if weight.dim() == 2 else grad_HD.sum(0)).to(weight.dtype))
+    return grads
 
 
 def _backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Any, ...]:
-    return _gradients(ctx, dout, torch.ops.navit_kernels.varlen_attention_backward)
+    op = torch.ops.navit_kernels.varlen_attention_backward
+    grads = _gradients(ctx, dout, ctx.needs_input_grad[6:10], op)
+    return *grads[:3], None, None, None, *grads[3:], *(None,) * 7
+
+
+torch.library.register_autograd("navit_kernels::varlen_attention", _backward, setup_context=_setup_context)
 
 
 class _Attention(torch.autograd.Function):
     """The registered op, without the dispatcher."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        ctx.mark_non_differentiable(*output[1:])
-        return output
+    def forward(ctx: Any, rest: Any, q: Tensor, k: Tensor, v: Tensor, *weights: Tensor | None) -> Any:
+        call, lists, ctx.numbers, return_lse = rest
+        out, lse, r = _kernels(call, True)
+        ctx.save_for_backward(out, lse, r, q, k, v, *lists, *weights)
+        ctx.set_materialize_grads(False)
+        if not return_lse:
+            return out
+        ctx.mark_non_differentiable(lse)
+        return out, lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, *_: None) -> tuple[Any, ...]:
-        return _gradients(ctx, dout, _backward_kernels)
-
-
-torch.library.register_autograd("navit_kernels::varlen_attention", _backward, setup_context=_setup_context)
+    def backward(ctx: Any, dout: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
+        return None, *_gradients(ctx, dout, ctx.needs_input_grad[4:], _backward_kernels)
