@@ -29,6 +29,12 @@ def hard(case: Case) -> Iterator[Case]:
     yield from (replace(case, mean=10.0), replace(case, spread=30.0), replace(case, heavy_tails=True))
 
 
+def odd(case: Case) -> Iterator[Case]:
+    """Scales below and at 0; each norm's own eps, as large as a variance; weights of two shapes, in bfloat16."""
+    yield from (replace(case, spread=-3.0), replace(case, spread=0.0), replace(case, eps=(0.7, 0.2)))
+    yield replace(case, weight="mixed", parameters=BF16)
+
+
 def rotation(*choices: tuple) -> Iterator[tuple]:
     """One of each, round and round, each at its own pace."""
     return zip(*map(itertools.cycle, choices), strict=False)
@@ -50,6 +56,8 @@ def interpreted_cases() -> Iterator[Case]:
     yield from hard(replace(every_kernel, dtype=FP16, q_kind="rms_norm", k_kind="l2"))
     yield from hard(replace(every_kernel, q_kind=None, k_kind=None))
     yield from hard(Case((60, 130), 1, 72, FP16))
+    yield from odd(replace(every_kernel, heads=2))
+    yield replace(every_kernel, q_kind="l2", k_kind="rms_norm", eps=(20.0, 0.5))
 
 
 def interpreted_float32_cases() -> Iterator[Case]:
@@ -104,6 +112,7 @@ def gpu_cases() -> Iterator[Case]:
         yield from (replace(MAIN, **kinds), *hard(replace(MAIN, **kinds)))
     yield from (CROSS, replace(CROSS, planned=False), replace(MAIN, q_kind=None), replace(MAIN, k_kind=None))
     yield replace(MAIN, lengths=(300, 20, 600, 0, 300), lengths_k=(20, 300, 1000, 257, 0))
+    yield from odd(MAIN)
 
 
 @pytest.mark.gpu
