@@ -65,22 +65,26 @@ def kernel_table(device: torch.device, config: NaViTConfig) -> Table:
         elif importlib.util.find_spec("triton") is None:
             table.add_row(folder.name, "nothing", "triton is not installed")
         else:
-            table.add_row(folder.name, "Triton kernel", "\n".join(_launches(folder.name, device, config)))
+            launches = list(_launches(folder.name, device, config))
+            hopper = any("hopper" in launch for launch in launches)
+            runs = "Triton kernels; hopper_: Hopper's own" if hopper else "Triton kernels"
+            table.add_row(folder.name, runs, "\n".join(launches))
     return table
 
 
 def _launches(op: str, device: torch.device, config: NaViTConfig) -> Iterable[str]:
     if op != "self_attention":
         return ["fixed in kernel.py"]
-    from navit_kernels._jit import architecture
+    from navit_kernels._jit import architecture, gluon_is_supported
     from navit_kernels.plan import CLASS_LIMITS, CLASSES
     from navit_kernels.self_attention.config import choose_config
-    from navit_kernels.self_attention.launch import gluon_is_supported
 
     found = []
     for index in range(CLASSES):
         chosen = choose_config(architecture(device), config.width // config.heads, index, 16, gluon_is_supported())
         length = f"≤ {CLASS_LIMITS[index]}" if index < CLASSES - 1 else "longer"
-        for direction, launch in (("forward", chosen.forward), ("backward", chosen.backward)):
-            found.append(f"{length} {direction}: {launch.kernel}, {launch.measured}")
+        launches = {"forward": chosen.forward, "backward": chosen.backward, "backward of queries": chosen.queries}
+        for direction, launch in launches.items():
+            if launch is not None:
+                found.append(f"{length} {direction}: {launch.kernel}, {launch.measured}")
     return found

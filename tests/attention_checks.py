@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from navit_kernels import HeadNorm, PackPlan, plan_pack, varlen_attention, varlen_attention_qkvpacked
 from navit_kernels.head_norm import NORM_CODES
+from navit_kernels.plan import TILE
 from navit_kernels.self_attention import arguments, op
 from navit_kernels.testing import assert_error_within, cu_seqlens_of
 
@@ -204,6 +205,28 @@ def assert_other_images_do_not_leak(case: Case, device: str) -> None:
         for i in range(1 - first, len(dirty), 2):
             assert_same_bits(dirty[i], clean[i], f"of image {i} beside {poison}")
         assert any(not image["out"].isfinite().all() for image in dirty[first::2])
+
+
+def assert_a_tile_chooses_its_own_maximum(case: Case, device: str) -> None:
+    """Queries of one tile grow so that under the fixed maximum all its P would be 0: it takes the running one, and not
+    a bit of the other tiles changes, of its own image and of others, which take the fixed one as before."""
+    from navit_kernels.self_attention import launch
+
+    small = case.inputs(device)
+    start = case.lengths[0] + TILE
+    end = start + TILE
+    assert end < case.lengths[0] + case.lengths[1]
+    large = small | {"q": small["q"].clone()}
+    large["q"][start:end] *= 64
+    choose = launch.choose_config
+    with mock.patch.object(launch, "choose_config", lambda *args: replace(choose(*args), fixed_max=False)):
+        online, _ = case.attend(small)
+    before, after = case.attend(small), case.attend(large)
+    assert all(tensor.isfinite().all() for tensor in after)
+    for tensors in zip(before, after, strict=True):
+        rows = [x if x.dim() == 3 else x.T for x in tensors]
+        assert torch.equal(*(torch.cat([x[:start], x[end:]]) for x in rows)), "other tiles"
+    assert not (before[0] == online)[case.lengths[0] :].flatten(1).all(1).any(), "the fixed maximum was not taken"
 
 
 def assert_alone_as_in_company(case: Case, device: str, packs: int) -> None:

@@ -13,6 +13,7 @@ from drawings import write_drawings
 from PIL import Image
 
 from navit import cli, config
+from navit.info import kernel_table
 from navit.train import Batch, Trainer
 
 SMALL = [
@@ -324,6 +325,26 @@ def test_info_tells_size_cost_and_what_runs(model: str, capsys: pytest.CaptureFi
     said = capsys.readouterr().out
     for expected in ("parameters", "GFLOP", "torch", "self_attention", "reference"):
         assert expected in said
+
+
+@pytest.mark.parametrize(
+    ("arch", "gluon", "forward", "backward"),
+    [(90, True, "hopper_stream", "hopper_stream"), (90, False, "stream", "stream"), (80, True, "stream", "stream")],
+)
+def test_info_tells_which_attention_kernels_run_on_a_gpu(
+    arch: int, gluon: bool, forward: str, backward: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from navit_kernels import _jit
+
+    monkeypatch.setattr(_jit, "architecture", lambda device: arch)
+    monkeypatch.setattr(_jit, "gluon_is_supported", lambda: gluon)
+    table = kernel_table(torch.device("cuda"), config.NaViTConfig.preset("B/16"))
+    ops, runs, launches = ([*column.cells] for column in table.columns)
+    row = ops.index("self_attention")
+    lines = dict(line.split(":", 1) for line in launches[row].splitlines())
+    assert lines["longer forward"].strip().startswith(f"{forward},")
+    assert lines["longer backward"].strip().startswith(f"{backward},")
+    assert ("Hopper" in runs[row]) == ("hopper" in launches[row]) == (forward == "hopper_stream")
 
 
 def test_info_of_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

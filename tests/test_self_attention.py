@@ -16,6 +16,7 @@ from attention_checks import (
     FP64,
     KINDS,
     Case,
+    assert_a_tile_chooses_its_own_maximum,
     assert_alone_as_in_company,
     assert_checkpointing_changes_nothing,
     assert_compiles_once,
@@ -168,6 +169,12 @@ def test_other_images_do_not_leak_across() -> None:
 @pytest.mark.usefixtures("kernels_on_cpu")
 def test_an_image_has_the_same_bits_alone_and_in_any_pack() -> None:
     assert_alone_as_in_company(Case((1, 40, 100, 130, 260), 1, 16), "cpu", packs=1)
+
+
+@pytest.mark.interpreter
+@pytest.mark.usefixtures("kernels_on_cpu")
+def test_a_tile_chooses_its_own_maximum() -> None:
+    assert_a_tile_chooses_its_own_maximum(Case((1, 300), 1, 16, BF16, None), "cpu")
 
 
 @pytest.mark.interpreter

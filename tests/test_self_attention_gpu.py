@@ -20,6 +20,7 @@ from attention_checks import (
     FP64,
     MAIN,
     Case,
+    assert_a_tile_chooses_its_own_maximum,
     assert_alone_as_in_company,
     assert_checkpointing_changes_nothing,
     assert_compiles_once,
@@ -122,6 +123,13 @@ def test_gpu_packs_that_fill_the_gpu_repeat_bitwise_and_are_like_the_portable_ke
 def test_gpu_an_image_has_the_same_bits_alone_and_in_any_pack(case: Case, packs: int) -> None:
     lengths = (1, 2, 7, 16, 20, 31, 32, 33, 50, 64, 65, 90, 127, 128, 129, 180, 255, 256, 257, 300, 400, 600)
     assert_alone_as_in_company(replace(case, lengths=lengths), "cuda", packs)
+
+
+@pytest.mark.parametrize("width", [64, 72, 128])
+@pytest.mark.parametrize("planned", [True, False])
+def test_gpu_a_tile_chooses_its_own_maximum(width: int, planned: bool) -> None:
+    case = replace(MAIN, lengths=(300, 700, 257), width=width, q_kind=None, planned=planned)
+    assert_a_tile_chooses_its_own_maximum(case, "cuda")
 
 
 @pytest.mark.parametrize("case", [MAIN, replace(MAIN, planned=False), replace(MAIN, dtype=FP32), CROSS], ids=str)

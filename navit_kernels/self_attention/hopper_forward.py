@@ -131,11 +131,13 @@ def load(
 
 @gluon.jit
 def attend(
-    out, q_start, q_length, k_length, row, h, key_tiles, bound, u_mem, k_mem, v_mem, r_mem, full, empty, stage, phase,
-    lse_ptr, tokens, score_scale, GROUP: gl.constexpr, D2: gl.constexpr, K_NORM: gl.constexpr, FOLD: gl.constexpr,
-    SAVE_LSE: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, FIXED: gl.constexpr,
+    out, s, q_start, q_length, k_length, row, h, key_tiles, bound, u_mem, k_mem, v_mem, r_mem, full, empty, stage,
+    phase, lse_ptr, tokens, score_scale, GROUP: gl.constexpr, D2: gl.constexpr, K_NORM: gl.constexpr,
+    FOLD: gl.constexpr, SAVE_LSE: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    FIXED: gl.constexpr,
 ):  # fmt: skip
-    """All keys of a segment for ROWS rows of u, and out and lse. Returns stage and phase of the next item's keys."""
+    """All keys of a segment for ROWS rows of u, of the last of which s has the scores; out and lse. Returns stage and
+    phase of the next item's keys."""
     DTYPE: gl.constexpr = u_mem[0].dtype
     PARTS: gl.constexpr = len(u_mem)
     mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -149,11 +151,8 @@ def attend(
     u = matrix(u_mem, GROUP, ROWS, D2)
 
     # ---- the segment's last keys, masked
-    mbarrier.wait(full.index(stage), phase)
-    s = start_dot_rows(u, matrix(k_mem, stage, BLOCK_N, D2), zero_s, 0, ROWS)
     r = load_r(r_mem, stage, score_scale, col_s, K_NORM, FOLD, BLOCK_N)
     valid = (key_tiles - 1) * BLOCK_N + gl.arange(0, BLOCK_N, col_s) < k_length
-    s = warpgroup_mma_wait(0, deps=[s])
     m = bound if FIXED else gl.full([ROWS], -float("inf"), gl.float32, row_s)
     p, m, l, _ = softmax_step(s, r, m, thread_sums(zero_s), valid, True, FIXED, SCALED)
     p = gl.convert_layout(p.to(DTYPE), operand)
@@ -201,7 +200,8 @@ def consume(
     rows_1: gl.constexpr = gl.BlockedLayout([1, PART // 2], [16, 2], [4, 1], [1, 0])
     rows_2: gl.constexpr = gl.BlockedLayout([1, (D2 or 16) // 2], [16, 2], [4, 1], [1, 0])
     layouts: gl.constexpr = (rows_1, rows_2)
-    row_s: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]))
+    mma_s: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    row_s: gl.constexpr = gl.SliceLayout(1, mma_s)
     stage, phase, q_phase = 0, 0, 0
     next_work = load_work(items_ptr, first_item, 0, count, tokens, tokens_k, H, BLOCK_N)
     for turn in range(gl.cdiv(count, gl.num_programs(0))):
@@ -242,21 +242,27 @@ def consume(
                 bound = gl.convert_layout(gl.sqrt(row_dot(u, u) * D), row_s)
                 if not FOLD:
                     bound = bound * score_scale
+            # one product for both maxima: where each had its own, ptxas 12.8 left a descriptor of one unwritten
+            mbarrier.wait(full.index(stage), phase)
+            u_now, k_now = matrix(u_mem, GROUP, ROWS, D2), matrix(k_mem, stage, BLOCK_N, D2)
+            s = start_dot_rows(u_now, k_now, gl.zeros([ROWS, BLOCK_N], gl.float32, mma_s), 0, ROWS)
+            s = warpgroup_mma_wait(0, deps=[s])
+            if TRY_FIXED_MAX:
                 if gl.max(bound, 0) <= FIXED_MAX_LIMIT:
                     stage, phase = attend(
-                        out, q_start, q_length, k_length, row, h, key_tiles, bound, u_mem, k_mem, v_mem, r_mem, full,
+                        out, s, q_start, q_length, k_length, row, h, key_tiles, bound, u_mem, k_mem, v_mem, r_mem, full,
                         empty, stage, phase, lse_ptr, tokens, score_scale, GROUP, D2, K_NORM, FOLD, SAVE_LSE, ROWS,
                         BLOCK_N, STAGES, True,
                     )  # fmt: skip
                 else:
                     stage, phase = attend(
-                        out, q_start, q_length, k_length, row, h, key_tiles, bound, u_mem, k_mem, v_mem, r_mem, full,
+                        out, s, q_start, q_length, k_length, row, h, key_tiles, bound, u_mem, k_mem, v_mem, r_mem, full,
                         empty, stage, phase, lse_ptr, tokens, score_scale, GROUP, D2, K_NORM, FOLD, SAVE_LSE, ROWS,
                         BLOCK_N, STAGES, False,
                     )  # fmt: skip
             else:
                 stage, phase = attend(
-                    out, q_start, q_length, k_length, row, h, key_tiles, bound, u_mem, k_mem, v_mem, r_mem, full,
+                    out, s, q_start, q_length, k_length, row, h, key_tiles, bound, u_mem, k_mem, v_mem, r_mem, full,
                     empty, stage, phase, lse_ptr, tokens, score_scale, GROUP, D2, K_NORM, FOLD, SAVE_LSE, ROWS,
                     BLOCK_N, STAGES, False,
                 )  # fmt: skip
