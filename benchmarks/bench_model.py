@@ -53,6 +53,7 @@ DIRECTIONS = ("train", "train+adamw", "forward")
 CONTENDERS = ("navit", "straw_fa3", "straw_torch_varlen", "vit_pytorch", "vit_pytorch_nested", "timm_naflexvit")
 CHECKPOINTED = ("navit_mlp", "navit_block")  # asked for by name
 COMPILED = {"vit_pytorch": ["no"], "vit_pytorch_nested": ["no"], "timm_naflexvit": ["blocks"]}  # others: --compiled
+UNCOMPILED = ("no", "graph")  # not tried with straws, which leave all that is elementwise to the compiler
 PEAK_FLOPS = {
     "h100": 989e12,
     "h200": 989e12,
@@ -117,21 +118,22 @@ def make_candidate(
     """Build a contender on the device, with a NaViT's weights where it can take them. Raises peers.PeerMissing."""
     device, packed = options.device, work.packed
     torch.manual_seed(0)
-    if name.startswith("navit"):
-        model = NaViT(replace(work.config, checkpointing=name.partition("_")[2] or "none"))
-        run = functools.partial(model, packed)
-    elif name.startswith("straw_"):
-        model = model_baselines.straw(work.config, work.pack, name.removeprefix("straw_"), options.fa3_dir)
-        run = functools.partial(model, work.patches_TP, packed.coords, len(packed))
-    elif name.startswith("vit_pytorch"):
-        mean, std = (torch.tensor(part)[:, None, None] for part in (work.config.mean, work.config.std))
-        images = [((image / 255 - mean) / std).to(device) for image in work.images]
-        model, run = model_baselines.vit_pytorch(work.config, images, name.endswith("nested"))
-    else:
-        model, run = model_baselines.timm_naflexvit(work.config, work.patches_TP, packed.coords, work.lengths)
+    with torch.device(device):
+        if name.startswith("navit"):
+            model = NaViT(replace(work.config, checkpointing=name.partition("_")[2] or "none"))
+            run = functools.partial(model, packed)
+        elif name.startswith("straw_"):
+            model = model_baselines.straw(work.config, work.pack, name.removeprefix("straw_"), options.fa3_dir)
+            run = functools.partial(model, work.patches_TP, packed.coords, len(packed))
+        elif name.startswith("vit_pytorch"):
+            mean, std = (torch.tensor(part)[:, None, None] for part in (work.config.mean, work.config.std))
+            images = [(image.to(device) / 255 - mean) / std for image in work.images]
+            model, run = model_baselines.vit_pytorch(work.config, images, name.endswith("nested"))
+        else:
+            model, run = model_baselines.timm_naflexvit(work.config, work.patches_TP, packed.coords, work.lengths)
     if state is not None and not is_package(name):
         model.load_state_dict(state)
-    return Candidate(model.to(device), run, getattr(model, "blocks", ()))
+    return Candidate(model.to(device), run, getattr(model, "parts", None) or getattr(model, "blocks", ()))
 
 
 def compile_candidate(candidate: Candidate, how: str) -> None:
@@ -139,7 +141,7 @@ def compile_candidate(candidate: Candidate, how: str) -> None:
     if how == "blocks":
         for part in candidate.parts:
             part.compile()
-    elif how not in ("no", "graph"):
+    elif how not in UNCOMPILED:
         candidate.model.compile(fullgraph=True, dynamic=how == "whole-dynamic")
 
 
@@ -227,8 +229,17 @@ def fresh_memory(device: str) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
+def with_peak(run: Callable[[], Any]) -> tuple[Any, float]:
+    """What run returns, and the most GiB allocated while it ran."""
+    torch.cuda.reset_peak_memory_stats()
+    returned = run()
+    return returned, torch.cuda.max_memory_allocated() / 2**30
+
+
 def time_candidate(name: str, how: str, work: Workload, options: argparse.Namespace) -> list[Row]:
     """Rows of one contender compiled in one way, one per direction."""
+    if options.prepare and how != "whole":  # the blocks are alike
+        work = work._replace(config=replace(work.config, depth=2))
     if how == "graph" and work.packed.plan is not None:
         plan = work.packed.plan.without_host_offsets()
         work = work._replace(packed=replace(work.packed, plan=plan))
@@ -242,19 +253,19 @@ def time_candidate(name: str, how: str, work: Workload, options: argparse.Namesp
         if (direction, how) == ("train+adamw", "graph"):
             continue  # an optimizer's step is not recorded
         step = make_step(candidate, direction, work, options.device)
-        began = time.monotonic()
-        if how == "graph" and options.device == "cuda":
-            step = Captured(step)
+        began, on_gpu, peak_gib = time.monotonic(), options.device == "cuda", 0.0
+        if how == "graph" and on_gpu:
+            step, peak_gib = with_peak(lambda step=step: Captured(step))  # a replay allocates nothing
         for _ in range(3):
             step()
         synchronize()
         print(f"{work.name} {name} ({how}) {direction}: ready after {time.monotonic() - began:.0f} s", flush=True)
-        on_gpu, peak_gib = options.device == "cuda", 0.0
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            peak_gib = torch.cuda.max_memory_allocated() / 2**30
+        if options.prepare:
+            continue
+        if how != "graph" and on_gpu:
+            _, peak_gib = with_peak(step)
         ms = measure([step], "events", options.milliseconds).us / 1e3
+        print(f"{ms:.2f} ms, {peak_gib:.2f} GiB", flush=True)
         kernels = kernel_times(step) if on_gpu else []
         if options.profile:
             print_kernels(kernels, options.profile)
@@ -313,8 +324,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--cases", **listed, help=f"of {', '.join(CASES)}; all by default")
     options.add_argument("--contenders", **listed, default=list(CONTENDERS))
     options.add_argument("--directions", **listed, default=list(DIRECTIONS))
-    options.add_argument("--compiled", **listed, default=["whole", "blocks"], help="also: whole-dynamic, graph, no")
+    options.add_argument("--compiled", **listed, default=["no", "graph", "blocks", "whole"], help="also: whole-dynamic")
     options.add_argument("--profile", type=int, default=0, metavar="N", help="print each step's N slowest kernels")
+    options.add_argument("--prepare", action="store_true", help="fill the compilers' caches: two blocks, nothing timed")
     options.add_argument("--fa3-dir", help="folder of FlashAttention-3 (README.md)")
     options = parse_options(options, arguments)
     torch._dynamo.config.recompile_limit = 64  # blocks, directions
@@ -328,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         work = make_workload(case, config, image_grids(mix, tokens, config.patch_size), options.device)
         for name in names:
             rows = []
-            for how in ["no"] if options.smoke else COMPILED.get(name, options.compiled):
+            for how in ways(name, options):
                 if time.monotonic() > options.deadline:
                     print(f"{case}: no time left for {name} ({how})")
                     continue
@@ -339,6 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     if not is_package(name):
                         raise
                     print(f"{case}: without {name}, which fails: {type(error).__name__}: {str(error)[:200]}")
+            if options.prepare:
+                continue
             every_row += fastest(rows)
             if name == names[-1]:
                 print_table(every_row)
@@ -346,6 +360,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_results("model", fastest(rows), options)
             options.merge = True  # the next contender joins the file of this one
         del work
+
+
+def ways(name: str, options: argparse.Namespace) -> list[str]:
+    """How a contender is compiled, one after the other."""
+    if options.smoke:
+        return ["no"]
+    straw = name.startswith("straw_")
+    return [how for how in COMPILED.get(name, options.compiled) if not (straw and how in UNCOMPILED)]
 
 
 def available(options: argparse.Namespace, config: NaViTConfig) -> list[str]:
