@@ -1,10 +1,10 @@
 """The search behind navit_kernels/mlp/kernel.py's table: launch variants of both Hopper kernels, beside torch.
 
-    python benchmarks/search_mlp.py --cases B/16 L/16 --out search.json
+    python benchmarks/search_mlp.py --prepare               # compile all variants side by side, into Triton's cache
+    python benchmarks/search_mlp.py --out search.json       # time them, one after the other
 
-Variants compile in parallel processes into Triton's cache; then one process times them, one after the other. "product"
-is torch's product alone, "torch" it and its passes for the activation. A variant that is off from torch by more than
-16-bit rounding is reported as wrong.
+"product" is torch's product alone, "torch" it and its passes for the activation. A variant that is off from torch by
+more than 16-bit rounding is reported as wrong.
 """
 
 import argparse
@@ -109,12 +109,15 @@ def times(case: Case, dtype: torch.dtype, options: argparse.Namespace) -> list[d
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--cases", nargs="*", default=[case.name for case in CASES])
+    options.add_argument("--prepare", action="store_true", help="compile, and time nothing")
     options = parse_options(options)
     wanted = [(case, torch.bfloat16) for case in CASES if case.name in options.cases]
     wanted += [(replace(case, activation="gelu_tanh"), torch.float16) for case, _ in wanted[:1]]
-    jobs = [(case, dtype, variant) for case, dtype in wanted for variant in VARIANTS]
-    with multiprocessing.get_context("spawn").Pool(14) as pool:
-        pool.starmap(compile_variant, jobs, chunksize=1)
+    if options.prepare:
+        jobs = [(case, dtype, variant) for case, dtype in wanted for variant in VARIANTS]
+        with multiprocessing.get_context("spawn").Pool(14) as pool:
+            pool.starmap(compile_variant, jobs, chunksize=1)
+        return
     rows = [row for case, dtype in wanted for row in times(case, dtype, options)]
     print_table(rows)
     if options.out:
