@@ -5,7 +5,8 @@ ms: median GPU time of one step, events around steps queued ahead. Weights are f
 mfu: (6 · linear parameters that see every token · T + 12 · depth · E · ΣL²) / time / 989 TFLOP/s for a training step, a
     third of that work for a forward; recomputation and the update are not counted, padding is not work.
 peak_gib: the most memory allocated during a step: weights, gradients, inputs and all.
-time_by_kind: ms of one step's kernels: gemm, attention, norm+elementwise, other; idle: the rest of the step.
+time_by_kind: ms of one step's kernels, behind others as when it is timed: gemm, attention, norm+elementwise, other;
+    idle: the rest of the step.
 Of several ways to compile a model, the fastest is reported, and named in "compiled"; "graph" is a model that is not
 compiled but replayed as one CUDA graph, whose attention reads its work from the device, as it must for other lengths.
 navit_mlp and navit_block are ours with checkpointing="mlp" and "block".
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +29,7 @@ import model_baselines
 import peers
 import torch
 from harness import (
+    Kernel,
     Row,
     assert_same_function,
     ceilings,
@@ -54,6 +57,7 @@ CONTENDERS = ("navit", "straw_fa3", "straw_torch_varlen", "vit_pytorch", "vit_py
 CHECKPOINTED = ("navit_mlp", "navit_block")  # asked for by name
 COMPILED = {"vit_pytorch": ["no"], "vit_pytorch_nested": ["no"], "timm_naflexvit": ["blocks"]}  # others: --compiled
 UNCOMPILED = ("no", "graph")  # not tried with straws, which leave all that is elementwise to the compiler
+LOAD_MS = 400  # of steps ahead of a traced one
 PEAK_FLOPS = {
     "h100": 989e12,
     "h200": 989e12,
@@ -61,10 +65,11 @@ PEAK_FLOPS = {
 }  # dense bf16, by the vendor; elsewhere what a matmul reaches
 KINDS = (  # the first pattern that a kernel's name has
     ("norm+elementwise", r"^triton_(?!tem)"),
-    ("attention", r"flash|fmha|attention|attn|forward_(tile|stream)|backward_(tile|resident|prepare|keys|queries)"),
-    ("attention", r"key_sizes|sum_partials|write_plan|plan_segments|gluon"),
+    ("attention", r"flash|fmha|attention|attn|^hopper_|forward_(tile|stream)"),
+    ("attention", r"backward_(tile|resident|prepare|keys|queries)|key_sizes|sum_partials|write_plan|plan_segments"),
+    ("attention", r"^(forward|backward)_norms|^pool_"),
     ("gemm", r"gemm|^up_kernel|^down_backward_kernel|nvjet|cutlass|cublas|triton_tem|wgmma|splitK|mma_"),
-    ("norm+elementwise", r"elementwise|norm|^forward_kernel|^backward_kernel|gelu|reduce_kernel"),
+    ("norm+elementwise", r"elementwise|norm|^(table_)?(forward|backward|partial|combine)_kernel|gelu|reduce_kernel"),
 )
 
 
@@ -209,10 +214,10 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, pattern in KINDS if re.search(pattern, kernel)), "other")
 
 
-def time_by_kind(kernels: list[tuple[str, float]], ms: float) -> dict[str, float]:
+def time_by_kind(kernels: list[Kernel], ms: float) -> dict[str, float]:
     kinds = dict.fromkeys(("gemm", "attention", "norm+elementwise", "other"), 0.0)
-    for name, us in kernels:
-        kinds[kind_of(name)] += us / 1e3
+    for kernel in kernels:
+        kinds[kind_of(kernel.name)] += kernel.us / 1e3
     kinds["idle"] = max(0.0, ms - sum(kinds.values()))
     return {kind: round(value, 3) for kind, value in kinds.items()}
 
@@ -266,7 +271,7 @@ def time_candidate(name: str, how: str, work: Workload, options: argparse.Namesp
             _, peak_gib = with_peak(step)
         ms = measure([step], "events", options.milliseconds).us / 1e3
         print(f"{ms:.2f} ms, {peak_gib:.2f} GiB", flush=True)
-        kernels = kernel_times(step) if on_gpu else []
+        kernels = kernel_times(step, before=math.ceil(LOAD_MS / ms)) if on_gpu else []
         if options.profile:
             print_kernels(kernels, options.profile)
         tokens, mfu = sum(work.lengths), work.flops(direction) / ms * 1e3 / (peak or ceilings().flops_per_s)
@@ -276,11 +281,14 @@ def time_candidate(name: str, how: str, work: Workload, options: argparse.Namesp
     return rows
 
 
-def print_kernels(kernels: list[tuple[str, float]], count: int) -> None:
-    """The kernels that take most of a step, all calls of one name together."""
+def print_kernels(kernels: list[Kernel], count: int) -> None:
+    """How a step's time is spent, and the kernels that take most of it, all calls of one name together."""
     totals: dict[str, list[float]] = {}
-    for name, us in kernels:
-        totals.setdefault(name, []).append(us)
+    for kernel in kernels:
+        totals.setdefault(kernel.name, []).append(kernel.us)
+    busy_ms = sum(kernel.us for kernel in kernels) / 1e3
+    span_ms = (max(kernel.start_us + kernel.us for kernel in kernels) - kernels[0].start_us) / 1e3
+    print(f"{len(kernels)} launches; traced {span_ms:.2f} ms, of which {span_ms - busy_ms:.2f} between kernels")
     ranked = sorted(totals.items(), key=lambda item: -sum(item[1]))[:count]
     print_table(
         {"ms": sum(us) / 1e3, "calls": len(us), "kind": kind_of(name), "name": name[:90]} for name, us in ranked
