@@ -78,6 +78,7 @@ class NaViT(nn.Module):
         packed = images
         patches_TP = self._patches(packed)
         x_TE = self.embed(patches_TP, packed)
+        del patches_TP  # not held while the blocks run
         x_TE, prefix_SRE = self._encode(x_TE, packed)
         pooled_SE = self._pooled(x_TE, prefix_SRE, packed)
         rows = self.head(pooled_SE)
@@ -311,6 +312,7 @@ class Block(nn.Module):
         branch_TE = self.proj(out_THD.flatten(1))
         scales = {"layer_scale_E": self.scale1, "keep_scale_S": keep1_S, "cu_seqlens": cu_seqlens}
         x_TE, normed_TE = self.norm2(x_TE, branch_TE, **scales)
+        del qkv_T3HD, out_THD, branch_TE  # what no gradient needs makes room for the MLP
         branch_TE = self.mlp(normed_TE)
         return following(x_TE, branch_TE, **{**scales, "layer_scale_E": self.scale2, "keep_scale_S": keep2_S})
 
