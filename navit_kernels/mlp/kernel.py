@@ -83,8 +83,11 @@ def _activate_torch(hidden_TU: Tensor, activation: str) -> Tensor:
 def _activate_backward_torch(dact_TM: Tensor, hidden_TU: Tensor, activation: str) -> Tensor:
     if activation == "swiglu":
         gate_TM, value_TM = hidden_TU.chunk(2, 1)
-        dgate_TM = torch.ops.aten.silu_backward(dact_TM * value_TM, gate_TM)
-        return torch.cat([dgate_TM, dact_TM * torch.nn.functional.silu(gate_TM)], 1)
+        dhidden_TU = hidden_TU.new_empty(hidden_TU.shape)
+        dgate_TM, dvalue_TM = dhidden_TU.chunk(2, 1)
+        torch.ops.aten.silu_backward.grad_input(dact_TM * value_TM, gate_TM, grad_input=dgate_TM)
+        torch.mul(dact_TM, torch.nn.functional.silu(gate_TM), out=dvalue_TM)
+        return dhidden_TU
     return torch.ops.aten.gelu_backward(dact_TM, hidden_TU, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
