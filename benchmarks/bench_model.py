@@ -5,7 +5,8 @@ ms: median GPU time of one step, events around steps queued ahead. Weights are f
 mfu: (6 · linear parameters that see every token · T + 12 · depth · E · ΣL²) / time / 989 TFLOP/s for a training step, a
     third of that work for a forward; recomputation and the update are not counted, padding is not work.
 peak_gib: the most memory allocated during a step: weights, gradients, inputs and all.
-time_by_kind: ms of one step's kernels: gemm, attention, norm+elementwise, other; idle: the rest of the step.
+time_by_kind: ms of one step's kernels, behind others as when it is timed: gemm, attention, norm+elementwise, other;
+    idle: the rest of the step.
 Of several ways to compile a model, the fastest is reported, and named in "compiled"; "graph" is a model that is not
 compiled but replayed as one CUDA graph, whose attention reads its work from the device, as it must for other lengths.
 navit_mlp and navit_block are ours with checkpointing="mlp" and "block".
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +29,7 @@ import model_baselines
 import peers
 import torch
 from harness import (
+    Kernel,
     Row,
     assert_same_function,
     ceilings,
@@ -53,6 +56,8 @@ DIRECTIONS = ("train", "train+adamw", "forward")
 CONTENDERS = ("navit", "straw_fa3", "straw_torch_varlen", "vit_pytorch", "vit_pytorch_nested", "timm_naflexvit")
 CHECKPOINTED = ("navit_mlp", "navit_block")  # asked for by name
 COMPILED = {"vit_pytorch": ["no"], "vit_pytorch_nested": ["no"], "timm_naflexvit": ["blocks"]}  # others: --compiled
+UNCOMPILED = ("no", "graph")  # not tried with straws, which leave all that is elementwise to the compiler
+LOAD_MS = 400  # of steps ahead of a traced one
 PEAK_FLOPS = {
     "h100": 989e12,
     "h200": 989e12,
@@ -60,10 +65,11 @@ PEAK_FLOPS = {
 }  # dense bf16, by the vendor; elsewhere what a matmul reaches
 KINDS = (  # the first pattern that a kernel's name has
     ("norm+elementwise", r"^triton_(?!tem)"),
-    ("attention", r"flash|fmha|attention|attn|forward_(tile|stream)|backward_(tile|resident|prepare|keys|queries)"),
-    ("attention", r"key_sizes|sum_partials|write_plan|plan_segments|gluon"),
+    ("attention", r"flash|fmha|attention|attn|^hopper_|forward_(tile|stream)"),
+    ("attention", r"backward_(tile|resident|prepare|keys|queries)|key_sizes|sum_partials|write_plan|plan_segments"),
+    ("attention", r"^(forward|backward)_norms|^pool_"),
     ("gemm", r"gemm|^up_kernel|^down_backward_kernel|nvjet|cutlass|cublas|triton_tem|wgmma|splitK|mma_"),
-    ("norm+elementwise", r"elementwise|norm|^forward_kernel|^backward_kernel|gelu|reduce_kernel"),
+    ("norm+elementwise", r"elementwise|norm|^(table_)?(forward|backward|partial|combine)_kernel|gelu|reduce_kernel"),
 )
 
 
@@ -117,21 +123,22 @@ def make_candidate(
     """Build a contender on the device, with a NaViT's weights where it can take them. Raises peers.PeerMissing."""
     device, packed = options.device, work.packed
     torch.manual_seed(0)
-    if name.startswith("navit"):
-        model = NaViT(replace(work.config, checkpointing=name.partition("_")[2] or "none"))
-        run = functools.partial(model, packed)
-    elif name.startswith("straw_"):
-        model = model_baselines.straw(work.config, work.pack, name.removeprefix("straw_"), options.fa3_dir)
-        run = functools.partial(model, work.patches_TP, packed.coords, len(packed))
-    elif name.startswith("vit_pytorch"):
-        mean, std = (torch.tensor(part)[:, None, None] for part in (work.config.mean, work.config.std))
-        images = [((image / 255 - mean) / std).to(device) for image in work.images]
-        model, run = model_baselines.vit_pytorch(work.config, images, name.endswith("nested"))
-    else:
-        model, run = model_baselines.timm_naflexvit(work.config, work.patches_TP, packed.coords, work.lengths)
+    with torch.device(device):
+        if name.startswith("navit"):
+            model = NaViT(replace(work.config, checkpointing=name.partition("_")[2] or "none"))
+            run = functools.partial(model, packed)
+        elif name.startswith("straw_"):
+            model = model_baselines.straw(work.config, work.pack, name.removeprefix("straw_"), options.fa3_dir)
+            run = functools.partial(model, work.patches_TP, packed.coords, len(packed))
+        elif name.startswith("vit_pytorch"):
+            mean, std = (torch.tensor(part)[:, None, None] for part in (work.config.mean, work.config.std))
+            images = [(image.to(device) / 255 - mean) / std for image in work.images]
+            model, run = model_baselines.vit_pytorch(work.config, images, name.endswith("nested"))
+        else:
+            model, run = model_baselines.timm_naflexvit(work.config, work.patches_TP, packed.coords, work.lengths)
     if state is not None and not is_package(name):
         model.load_state_dict(state)
-    return Candidate(model.to(device), run, getattr(model, "blocks", ()))
+    return Candidate(model.to(device), run, getattr(model, "parts", None) or getattr(model, "blocks", ()))
 
 
 def compile_candidate(candidate: Candidate, how: str) -> None:
@@ -139,7 +146,7 @@ def compile_candidate(candidate: Candidate, how: str) -> None:
     if how == "blocks":
         for part in candidate.parts:
             part.compile()
-    elif how not in ("no", "graph"):
+    elif how not in UNCOMPILED:
         candidate.model.compile(fullgraph=True, dynamic=how == "whole-dynamic")
 
 
@@ -207,10 +214,10 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, pattern in KINDS if re.search(pattern, kernel)), "other")
 
 
-def time_by_kind(kernels: list[tuple[str, float]], ms: float) -> dict[str, float]:
+def time_by_kind(kernels: list[Kernel], ms: float) -> dict[str, float]:
     kinds = dict.fromkeys(("gemm", "attention", "norm+elementwise", "other"), 0.0)
-    for name, us in kernels:
-        kinds[kind_of(name)] += us / 1e3
+    for kernel in kernels:
+        kinds[kind_of(kernel.name)] += kernel.us / 1e3
     kinds["idle"] = max(0.0, ms - sum(kinds.values()))
     return {kind: round(value, 3) for kind, value in kinds.items()}
 
@@ -227,8 +234,17 @@ def fresh_memory(device: str) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
+def with_peak(run: Callable[[], Any]) -> tuple[Any, float]:
+    """What run returns, and the most GiB allocated while it ran."""
+    torch.cuda.reset_peak_memory_stats()
+    returned = run()
+    return returned, torch.cuda.max_memory_allocated() / 2**30
+
+
 def time_candidate(name: str, how: str, work: Workload, options: argparse.Namespace) -> list[Row]:
     """Rows of one contender compiled in one way, one per direction."""
+    if options.prepare and how != "whole":  # the blocks are alike
+        work = work._replace(config=replace(work.config, depth=2))
     if how == "graph" and work.packed.plan is not None:
         plan = work.packed.plan.without_host_offsets()
         work = work._replace(packed=replace(work.packed, plan=plan))
@@ -242,20 +258,20 @@ def time_candidate(name: str, how: str, work: Workload, options: argparse.Namesp
         if (direction, how) == ("train+adamw", "graph"):
             continue  # an optimizer's step is not recorded
         step = make_step(candidate, direction, work, options.device)
-        began = time.monotonic()
-        if how == "graph" and options.device == "cuda":
-            step = Captured(step)
+        began, on_gpu, peak_gib = time.monotonic(), options.device == "cuda", 0.0
+        if how == "graph" and on_gpu:
+            step, peak_gib = with_peak(lambda step=step: Captured(step))  # a replay allocates nothing
         for _ in range(3):
             step()
         synchronize()
         print(f"{work.name} {name} ({how}) {direction}: ready after {time.monotonic() - began:.0f} s", flush=True)
-        on_gpu, peak_gib = options.device == "cuda", 0.0
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            peak_gib = torch.cuda.max_memory_allocated() / 2**30
+        if options.prepare:
+            continue
+        if how != "graph" and on_gpu:
+            _, peak_gib = with_peak(step)
         ms = measure([step], "events", options.milliseconds).us / 1e3
-        kernels = kernel_times(step) if on_gpu else []
+        print(f"{ms:.2f} ms, {peak_gib:.2f} GiB", flush=True)
+        kernels = kernel_times(step, before=math.ceil(LOAD_MS / ms)) if on_gpu else []
         if options.profile:
             print_kernels(kernels, options.profile)
         tokens, mfu = sum(work.lengths), work.flops(direction) / ms * 1e3 / (peak or ceilings().flops_per_s)
@@ -265,11 +281,14 @@ def time_candidate(name: str, how: str, work: Workload, options: argparse.Namesp
     return rows
 
 
-def print_kernels(kernels: list[tuple[str, float]], count: int) -> None:
-    """The kernels that take most of a step, all calls of one name together."""
+def print_kernels(kernels: list[Kernel], count: int) -> None:
+    """How a step's time is spent, and the kernels that take most of it, all calls of one name together."""
     totals: dict[str, list[float]] = {}
-    for name, us in kernels:
-        totals.setdefault(name, []).append(us)
+    for kernel in kernels:
+        totals.setdefault(kernel.name, []).append(kernel.us)
+    busy_ms = sum(kernel.us for kernel in kernels) / 1e3
+    span_ms = (max(kernel.start_us + kernel.us for kernel in kernels) - kernels[0].start_us) / 1e3
+    print(f"{len(kernels)} launches; traced {span_ms:.2f} ms, of which {span_ms - busy_ms:.2f} between kernels")
     ranked = sorted(totals.items(), key=lambda item: -sum(item[1]))[:count]
     print_table(
         {"ms": sum(us) / 1e3, "calls": len(us), "kind": kind_of(name), "name": name[:90]} for name, us in ranked
@@ -313,8 +332,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--cases", **listed, help=f"of {', '.join(CASES)}; all by default")
     options.add_argument("--contenders", **listed, default=list(CONTENDERS))
     options.add_argument("--directions", **listed, default=list(DIRECTIONS))
-    options.add_argument("--compiled", **listed, default=["whole", "blocks"], help="also: whole-dynamic, graph, no")
+    options.add_argument("--compiled", **listed, default=["no", "graph", "blocks", "whole"], help="also: whole-dynamic")
     options.add_argument("--profile", type=int, default=0, metavar="N", help="print each step's N slowest kernels")
+    options.add_argument("--prepare", action="store_true", help="fill the compilers' caches: two blocks, nothing timed")
     options.add_argument("--fa3-dir", help="folder of FlashAttention-3 (README.md)")
     options = parse_options(options, arguments)
     torch._dynamo.config.recompile_limit = 64  # blocks, directions
@@ -328,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         work = make_workload(case, config, image_grids(mix, tokens, config.patch_size), options.device)
         for name in names:
             rows = []
-            for how in ["no"] if options.smoke else COMPILED.get(name, options.compiled):
+            for how in ways(name, options):
                 if time.monotonic() > options.deadline:
                     print(f"{case}: no time left for {name} ({how})")
                     continue
@@ -339,6 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     if not is_package(name):
                         raise
                     print(f"{case}: without {name}, which fails: {type(error).__name__}: {str(error)[:200]}")
+            if options.prepare:
+                continue
             every_row += fastest(rows)
             if name == names[-1]:
                 print_table(every_row)
@@ -346,6 +368,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_results("model", fastest(rows), options)
             options.merge = True  # the next contender joins the file of this one
         del work
+
+
+def ways(name: str, options: argparse.Namespace) -> list[str]:
+    """How a contender is compiled, one after the other."""
+    if options.smoke:
+        return ["no"]
+    straw = name.startswith("straw_")
+    return [how for how in COMPILED.get(name, options.compiled) if not (straw and how in UNCOMPILED)]
 
 
 def available(options: argparse.Namespace, config: NaViTConfig) -> list[str]:

@@ -193,6 +193,7 @@ def main() -> None:
     device, tokens = options.device, SMOKE_TOKENS if options.smoke else TOKENS
     rows: list[Row] = []
     for case in CASES:
+        torch._dynamo.reset()  # past a few recompilations of one function, torch.compile runs it eagerly
         gate(checks(case, device))
         first = case.inputs(tokens, device)
         sum_of_bytes = 3 * ours(case, first).numel()

@@ -33,6 +33,7 @@ import timing
 import torch
 from timing import (
     Ceilings,
+    Kernel,
     Run,
     Timing,
     assert_same_function,
@@ -49,7 +50,7 @@ from timing import (
 )
 
 __all__ = [
-    "Ceilings", "Row", "Run", "Timing", "assert_same_function", "ceilings", "gate", "host_us", "kernel_times",
+    "Ceilings", "Kernel", "Row", "Run", "Timing", "assert_same_function", "ceilings", "gate", "host_us", "kernel_times",
     "measure", "outcome_checks", "parse_options", "parser", "peak_mib", "print_table", "sets_beyond_cache",
     "synchronize", "without_gradients", "write_results",
 ]  # fmt: skip

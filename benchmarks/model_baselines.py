@@ -27,37 +27,43 @@ EPS = 1e-6
 
 
 class Straw(nn.Module):
-    """attend: attention inside each image; pool_attend(query_SHD, k_THD, v_THD): one query per image on its tokens."""
+    """attend: attention inside each image; pool_attend(query_SHD, k_THD, v_THD): one query per image on its tokens.
+
+    The residual stream and the branch that is to be added to it go from block to block apart, so that the addition and
+    the next norm are one pass where the model is compiled block by block, too.
+    """
 
     def __init__(self, config: NaViTConfig, attend: Attend, pool_attend: Attend) -> None:
         super().__init__()
-        width, mlp_width, head_width = config.width, config.mlp_width, config.width // config.heads
-        self.heads, self.pool_attend = config.heads, pool_attend
-        self.embed = nn.Module()
-        self.embed.proj = nn.Linear(config.channels * config.patch_size**2, width, bias=False)
-        self.embed.row_table = nn.Parameter(torch.empty(config.table_length, width))
-        self.embed.column_table = nn.Parameter(torch.empty(config.table_length, width))
+        self.embed = StrawEmbedding(config)
         self.blocks = nn.ModuleList(StrawBlock(config, attend) for _ in range(config.depth))
-        self.norm = StrawNorm(width)
-        self.pool = nn.Module()
-        self.pool.query_HD = nn.Parameter(torch.empty(config.heads, head_width))
-        self.pool.kv = nn.Linear(width, 2 * width, bias=False)
-        self.pool.proj = nn.Linear(width, width, bias=False)
-        self.pool.norm = StrawNorm(width)
-        self.pool.mlp = StrawMLP(width, mlp_width)
+        self.norm = StrawNorm(config.width)
+        self.pool = StrawPool(config, pool_attend)
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What is compiled one by one: all of it."""
+        return [self.embed, *self.blocks, self.pool]
 
     def forward(self, patches_TP: Tensor, coords_T2: Tensor, images: int) -> Tensor:
-        x_TE = self.embed.proj(patches_TP)
-        rows_TE = F.embedding(coords_T2[:, 0], self.embed.row_table)
-        columns_TE = F.embedding(coords_T2[:, 1], self.embed.column_table)
-        x_TE = (x_TE.float() + rows_TE + columns_TE).to(x_TE.dtype)
+        x_TE, branch_TE = self.embed(patches_TP, coords_T2)
         for block in self.blocks:
-            x_TE = block(x_TE)
-        k_THD, v_THD = self.pool.kv(self.norm(x_TE)).unflatten(1, (2, self.heads, -1)).unbind(1)
-        query_SHD = self.pool.query_HD.to(k_THD.dtype).repeat(images, 1, 1)
-        pooled_SHD = self.pool_attend(query_SHD, _unit(k_THD), v_THD)
-        x_SE = self.pool.proj(pooled_SHD.flatten(1))
-        return x_SE + self.pool.mlp(self.pool.norm(x_SE))
+            x_TE, branch_TE = block(x_TE, branch_TE)
+        return self.pool(x_TE, branch_TE, self.norm, images)
+
+
+class StrawEmbedding(nn.Module):
+    def __init__(self, config: NaViTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.channels * config.patch_size**2, config.width, bias=False)
+        self.row_table = nn.Parameter(torch.empty(config.table_length, config.width))
+        self.column_table = nn.Parameter(torch.empty(config.table_length, config.width))
+
+    def forward(self, patches_TP: Tensor, coords_T2: Tensor) -> tuple[Tensor, Tensor]:
+        x_TE = self.proj(patches_TP)
+        rows_TE = F.embedding(coords_T2[:, 0], self.row_table)
+        columns_TE = F.embedding(coords_T2[:, 1], self.column_table)
+        return x_TE, (rows_TE + columns_TE).to(x_TE.dtype)
 
 
 class StrawBlock(nn.Module):
@@ -72,11 +78,31 @@ class StrawBlock(nn.Module):
         self.proj = nn.Linear(width, width, bias=False)
         self.mlp = StrawMLP(width, config.mlp_width)
 
-    def forward(self, x_TE: Tensor) -> Tensor:
+    def forward(self, x_TE: Tensor, branch_TE: Tensor) -> tuple[Tensor, Tensor]:
+        x_TE = x_TE + branch_TE
         q_THD, k_THD, v_THD = self.qkv(self.norm1(x_TE)).unflatten(1, (3, self.heads, -1)).unbind(1)
         out_THD = self.attend(_unit(q_THD, self.q_norm_weight), _unit(k_THD, self.k_norm_weight), v_THD)
         x_TE = x_TE + self.proj(out_THD.flatten(1))
-        return x_TE + self.mlp(self.norm2(x_TE))
+        return x_TE, self.mlp(self.norm2(x_TE))
+
+
+class StrawPool(nn.Module):
+    def __init__(self, config: NaViTConfig, attend: Attend) -> None:
+        super().__init__()
+        self.attend = attend
+        self.query_HD = nn.Parameter(torch.empty(config.heads, config.width // config.heads))
+        self.kv = nn.Linear(config.width, 2 * config.width, bias=False)
+        self.proj = nn.Linear(config.width, config.width, bias=False)
+        self.norm = StrawNorm(config.width)
+        self.mlp = StrawMLP(config.width, config.mlp_width)
+
+    def forward(self, x_TE: Tensor, branch_TE: Tensor, norm: "StrawNorm", images: int) -> Tensor:
+        normed_TE = norm(x_TE + branch_TE)
+        k_THD, v_THD = self.kv(normed_TE).unflatten(1, (2, *self.query_HD.shape)).unbind(1)
+        query_SHD = self.query_HD.to(k_THD.dtype).repeat(images, 1, 1)
+        pooled_SHD = self.attend(query_SHD, _unit(k_THD), v_THD)
+        x_SE = self.proj(pooled_SHD.flatten(1))
+        return x_SE + self.mlp(self.norm(x_SE))
 
 
 class StrawMLP(nn.Module):

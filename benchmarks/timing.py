@@ -17,6 +17,7 @@ import torch
 from navit_kernels.testing import assert_error_within
 
 Run = Callable[[], Any]
+MARK = "spin_kernel"  # torch.cuda._sleep's
 
 device = "cuda" if torch.cuda.is_available() else "cpu"  # what is timed; harness.parse_options sets it
 
@@ -27,6 +28,14 @@ class Timing(NamedTuple):
     us: float
     spread: float
     timer: str
+
+
+class Kernel(NamedTuple):
+    """A kernel, copy or fill on the GPU: how long it took, and when it started on the trace's clock."""
+
+    name: str
+    us: float
+    start_us: float
 
 
 class Ceilings(NamedTuple):
@@ -129,13 +138,18 @@ def sets_beyond_cache(bytes_per_set: float) -> int:
     return max(2, int(4 * cache / bytes_per_set) + 2)
 
 
-def kernel_times(run: Run) -> list[tuple[str, float]]:
-    """(name, µs) of every kernel, copy and fill that `run` puts on the GPU, in the order they started.
+def kernel_times(run: Run, before: int = 0) -> list[Kernel]:
+    """Every kernel, copy and fill that `run` puts on the GPU, in the order they started.
+
+    before: so many calls are queued ahead of the one that counts, so that it meets the clocks of a GPU under load: the
+        first 0.1 s after a pause run at clocks that the power limit then takes back.
 
     Read from the exported trace, where a category tells kernels from the annotated ranges that surround them.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(before):
+            run()
+        torch.cuda._sleep(1)  # its kernel marks the start
         run()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +157,9 @@ def kernel_times(run: Run) -> list[tuple[str, float]]:
         profile.export_chrome_trace(trace)
         events = json.loads(Path(trace).read_text())["traceEvents"]
     on_gpu = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    return [(event["name"], float(event["dur"])) for event in sorted(on_gpu, key=lambda event: event["ts"])]
+    kernels = sorted((Kernel(e["name"], float(e["dur"]), float(e["ts"])) for e in on_gpu), key=lambda k: k.start_us)
+    start = next(i for i, kernel in enumerate(kernels) if MARK in kernel.name)
+    return kernels[start + 1 :]
 
 
 def _by_graph(runs: Sequence[Run], milliseconds: float) -> list[float]:
@@ -185,7 +201,20 @@ def _by_events(runs: Sequence[Run], milliseconds: float) -> list[float]:
 
 def _by_kernels(runs: Sequence[Run], milliseconds: float) -> list[float]:
     del milliseconds  # ten calls: every one costs trace, and kernel durations spread little
-    return [sum(us for _, us in kernel_times(runs[index % len(runs)])) for index in range(10)]
+    samples = [0.0]
+
+    def calls() -> None:
+        for index in range(10):
+            runs[index % len(runs)]()
+            torch.cuda._sleep(1)  # its kernel marks the end of a call: one profile for all of them
+
+    for kernel in kernel_times(calls):
+        if MARK in kernel.name:
+            samples.append(0.0)
+        else:
+            samples[-1] += kernel.us
+    assert len(samples) == 11, "a call's end was not found in the trace"
+    return samples[:-1]
 
 
 def _by_clock(runs: Sequence[Run], milliseconds: float) -> list[float]:

@@ -237,6 +237,12 @@ def test_model_work_is_counted_as_published():
         ("void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<...>>>", "attention"),
         ("pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"),
         ("backward_resident", "attention"),
+        ("hopper_keys", "attention"),
+        ("hopper_queries", "attention"),
+        ("backward_norms", "attention"),
+        ("pool_backward_kernel", "attention"),
+        ("down_backward_kernel", "gemm"),
+        ("table_backward_kernel", "norm+elementwise"),
         ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NTT", "gemm"),
         ("triton_poi_fused__flash_attention_forward_gelu_mm_3", "norm+elementwise"),
         ("triton_tem_fused_mm_7", "gemm"),
@@ -245,6 +251,12 @@ def test_model_work_is_counted_as_published():
 )
 def test_kernels_are_sorted_by_kind(kernel, kind):
     assert bench_model.kind_of(kernel) == kind
+
+
+def test_time_by_kind_fills_the_step():
+    kernels = [timing.Kernel("up_kernel", 2000.0, 0.0), timing.Kernel("hopper_keys", 500.0, 2100.0)]
+    kinds = bench_model.time_by_kind(kernels, 3.0)
+    assert kinds == {"gemm": 2.0, "attention": 0.5, "norm+elementwise": 0.0, "other": 0.0, "idle": 0.5}
 
 
 def test_fa3_op_keeps_one_graph_and_its_gradients(monkeypatch):

@@ -234,6 +234,48 @@ def test_compile_once_for_all_batches() -> None:
     assert_compiles_once("cpu", "aot_eager")
 
 
+# float32 weights under autocast
+
+
+def assert_float32_weights_get_float32_gradients(case: Case, tokens: int, device: str) -> None:
+    """As near the truth as the reference's; on a GPU not rounded to 16 bits between, eager or compiled."""
+    inputs = case.inputs(tokens, device)
+    leaves = {name: None if t is None else t.float().requires_grad_() for name, t in inputs.items()}
+    names, tensors = zip(*((name, leaf) for name, leaf in leaves.items() if leaf is not None), strict=True)
+    exact = results(case, inputs, "reference", torch.float64)
+
+    def gradients(op: Callable, backend: str) -> dict[str, Tensor]:
+        with torch.autocast(device, case.dtype):
+            out = op(**leaves, activation=case.activation, backend=backend)
+        assert out.dtype == case.dtype
+        dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(case.dtype).to(out)
+        return dict(zip(names, torch.autograd.grad(out, tensors, dout), strict=True))
+
+    compiled = torch.compile(feed_forward, backend="aot_eager", fullgraph=True)
+    at_dtype = gradients(feed_forward, "reference")
+    for op in (feed_forward, compiled):
+        for name, actual in gradients(op, "triton").items():
+            assert actual.dtype == torch.float32, name
+            assert_error_within(actual, exact[name], at_dtype[name].to(case.dtype), name)
+            if name in ("up_UE", "down_EM"):
+                rounded = torch.equal(actual, actual.to(case.dtype).float())
+                assert rounded == (device == "cpu"), name
+
+
+@pytest.mark.parametrize("case", [Case(dtype=BF16), Case("swiglu", dtype=BF16, bias=False)], ids=name_of)
+def test_float32_weights_get_float32_gradients(case: Case) -> None:
+    assert_float32_weights_get_float32_gradients(case, 37, "cpu")
+
+
+def test_opcheck_of_float32_weights() -> None:
+    inputs = Case(dtype=BF16).inputs(9)
+    x_TE, up_UE, down_EM, *biases = (t.requires_grad_() for t in inputs.values())
+    weights = [t.detach().float().requires_grad_() for t in (up_UE, down_EM)]
+    for keep_hidden in (True, False):
+        arguments = (x_TE, *weights, *biases, "gelu", keep_hidden)
+        torch.library.opcheck(torch.ops.navit_kernels.feed_forward.default, arguments)
+
+
 # Ahead of time
 
 
@@ -246,7 +288,7 @@ def launch_on_meta(case: Case, config: dict[str, int]) -> None:
         out_TE, hidden_TU = kernel.feed_forward(*inputs.values(), case.activation, True)
         kernel.feed_forward(*inputs.values(), case.activation, False)
         kernel.feed_forward_backward(
-            out_TE, x_TE, hidden_TU, up_UE, down_EM, up_bias_U, case.activation, True, down_bias_E is not None
+            out_TE, x_TE, hidden_TU, up_UE, down_EM, up_bias_U, case.activation, case.dtype, down_bias_E is not None
         )
 
 
@@ -258,6 +300,9 @@ def launch_on_meta(case: Case, config: dict[str, int]) -> None:
         (Case("gelu_tanh", 768, 3072, BF16, bias=False), 32),
         (Case("gelu_tanh", 1152, 4304, BF16), 112),
         (Case("gelu", 1024, 4096, BF16), 64),
+        (Case("gelu_tanh", 1024, 4096, FP16, bias=False), 72),
+        (Case("swiglu", 768, 2048, BF16, bias=False), 64),
+        (Case("swiglu", 1024, 2736, FP16), 64),
     ],
     ids=str,
 )
@@ -265,7 +310,7 @@ def test_programs_fit_and_products_are_asynchronous(case: Case, spills: int) -> 
     """All of a tile's columns in one wgmma, of which the compiler, which can serialize them, waits for none alone."""
     from navit_kernels.mlp.kernel import choose_config
 
-    config = choose_config(90, case.activation, case.dtype)
+    config = choose_config(90, case.activation, case.width, case.bias)
     assert config is not None
     compiled = compile_launches("sm_90", lambda: launch_on_meta(case, config))
     assert [one.name for one in compiled] == ["up_kernel", "up_kernel", "down_backward_kernel"]
@@ -318,6 +363,13 @@ def test_gpu_launches_that_no_table_chooses_match_reference(activation: str, dty
         for width, mlp_width, tokens in ((24, 40, 1), (72, 136, 129), (768, 3072, 20000)):
             assert_matches_reference(Case(activation, width, mlp_width, dtype), tokens, "cuda")
         assert_other_tokens_do_not_leak(Case(activation, 768, 3072, dtype), 700, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gpu_float32_weights_get_float32_gradients(activation: str) -> None:
+    for bias in (False, True):
+        assert_float32_weights_get_float32_gradients(Case(activation, 768, 3072, BF16, bias), 1000, "cuda")
 
 
 @pytest.mark.gpu

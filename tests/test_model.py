@@ -131,6 +131,19 @@ def test_patches_cut_before_give_the_same():
     torch.testing.assert_close(model(replace(packed, plan=None)), model(packed))
 
 
+@pytest.mark.parametrize("patch_size", [3, 4])
+def test_rows_of_any_number_of_values_are_projected(patch_size):
+    embed = make_model(patch_size=patch_size, bias=True).embed
+    patches_TP = torch.randn(7, 3 * patch_size**2)
+    outcomes = []
+    for project in (embed._project, embed.proj):
+        out_TE = project(patches_TP)
+        out_TE.square().sum().backward()
+        outcomes.append([out_TE.detach(), embed.proj.weight.grad.clone(), embed.proj.bias.grad.clone()])
+        embed.zero_grad()
+    torch.testing.assert_close(*outcomes)
+
+
 def test_where_a_patch_stands_matters():
     for changes in ({}, {"combine": "product"}, {"combine": "concat"}, {"positions": "fourier"}):
         model = make_model(**changes).double()
@@ -393,6 +406,21 @@ def test_exports_with_dynamic_sizes():
 @pytest.mark.gpu
 def test_exports_with_dynamic_sizes_on_a_gpu():
     exported_matches("cuda")
+
+
+@pytest.mark.gpu
+def test_inference_holds_little_beside_an_mlp():
+    """At most: what embeds the patches, the stream and its norm before and after attention, and the MLP's inside."""
+    model = make_model(width=256, heads=4, mlp_width=1024, depth=3, table_length=64).cuda().eval()
+    (packed,) = pack(make_images(grids=[(64, 64)] * 16), None, **model.config.pack_options)
+    packed, tokens = packed.to("cuda"), 16 * 64 * 64
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        model(packed)  # kernels compile, libraries allocate
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(packed)
+    held = (1 + 2 + 2 + 1) * 256 + 1024
+    assert torch.cuda.max_memory_allocated() - before <= 1.05 * 2 * tokens * held + 2**22  # of cast weights
 
 
 @pytest.mark.gpu

@@ -305,6 +305,23 @@ def test_kernels_fit_without_spills(arch: str, case: Case) -> None:
     assert_fits(arch, lambda: launch_on_meta(case))
 
 
+@pytest.mark.compile_only
+@pytest.mark.parametrize(
+    "case",
+    [Case(768), Case(768, bias=True), Case(1152, bias=True), Case(768, bias=True, layer_scale=True, keep=True),
+     Case(1152, layer_scale=True)],
+    ids=name_of,
+)  # fmt: skip
+def test_programs_of_the_backward_run_at_once(case: Case) -> None:
+    from navit_kernels.residual_norm.kernel import choose_config, programs_of_backward
+
+    *_, backward = assert_fits("sm_90", lambda: launch_on_meta(case))
+    assert backward.name == "backward_kernel"
+    programs = programs_of_backward(torch.device("meta"), case.width, case.bias, case.layer_scale) // 132
+    assert programs * choose_config(case.width)["num_warps"] * 32 * backward.registers <= 1 << 16
+    assert programs * backward.shared <= 227 * 1024
+
+
 # On a GPU
 
 

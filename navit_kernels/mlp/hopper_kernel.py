@@ -22,6 +22,8 @@ T tokens, E model width, M MLP width, U hidden width: M, or 2M for "swiglu".
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.experimental.gluon.language as gl
@@ -36,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .._jit import multiprocessors
+from .._jit import launch_kernel, multiprocessors
 
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the latter until Triton 3.6
 
@@ -386,10 +388,13 @@ def _blocks(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """What a kernel loads blocks of a matrix through."""
     if not tensor.is_contiguous() or tensor.data_ptr() % 16:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-    dtype = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[tensor.dtype]
-    return TensorDescriptor.from_tensor(
-        tensor, [rows, columns], gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
-    )
+    return TensorDescriptor.from_tensor(tensor, [rows, columns], _block_layout(rows, columns, tensor.dtype))
+
+
+@functools.cache
+def _block_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], element)
 
 
 def tile_rows(tokens: int) -> int:
@@ -405,9 +410,10 @@ def up(
     (tokens, width), mlp_width = x_TE.shape, act_TM.shape[1]
     columns = BLOCK_U.value // (2 if activation == "swiglu" else 1)
     tiles = tile_rows(tokens) * triton.cdiv(mlp_width, columns)
-    up_kernel[(min(tiles, multiprocessors(x_TE.device)),)](
-        _blocks(x_TE, BLOCK_T.value, BLOCK_E.value), _blocks(up_UE, columns, BLOCK_E.value), up_bias_U, hidden_TU,
-        act_TM, tokens, E=width, M=mlp_width, CHUNK=chunk, ACTIVATION=activation, num_warps=4,
+    launch_kernel(
+        up_kernel, (min(tiles, multiprocessors(x_TE.device)),), _blocks(x_TE, BLOCK_T.value, BLOCK_E.value),
+        _blocks(up_UE, columns, BLOCK_E.value), up_bias_U, hidden_TU, act_TM, tokens,
+        E=width, M=mlp_width, CHUNK=chunk, ACTIVATION=activation, num_warps=4,
     )  # fmt: skip
 
 
@@ -419,8 +425,9 @@ def down_backward(
     chunks before its use."""
     (tokens, width), mlp_width = dout_TE.shape, act_TM.shape[1]
     tiles = tile_rows(tokens) * triton.cdiv(mlp_width, BLOCK_U.value)
-    down_backward_kernel[(min(tiles, multiprocessors(dout_TE.device)),)](
+    launch_kernel(
+        down_backward_kernel, (min(tiles, multiprocessors(dout_TE.device)),),
         _blocks(dout_TE, BLOCK_T.value, BLOCK_E.value), _blocks(down_EM, BLOCK_E.value, BLOCK_U.value), hidden_TU,
-        act_TM, dhidden_TU, partial_GU, tokens, E=width, M=mlp_width, CHUNK=chunk, AHEAD=ahead, ACTIVATION=activation,
-        num_warps=4,
+        act_TM, dhidden_TU, partial_GU, tokens,
+        E=width, M=mlp_width, CHUNK=chunk, AHEAD=ahead, ACTIVATION=activation, num_warps=4,
     )  # fmt: skip

@@ -32,35 +32,45 @@ from torch.nn.functional import linear
 from .._jit import architecture, gluon_is_supported
 
 
-def choose_config(arch: int, activation: str, dtype: torch.dtype) -> dict[str, int] | None:
+def choose_config(arch: int, activation: str, width: int, bias: bool) -> dict[str, int] | None:
     """Launch choice of both kernels; None where torch's products and passes for the activation are taken.
 
     up_chunk, down_chunk: rows that the activation's warpgroup takes at a time. down_ahead: so many chunks of hidden are
-    under way to it.
+    under way to it: the fewer steps a product has, the more it needs; the sums for a bias leave registers for one.
 
-    H100, bfloat16, "gelu_tanh", µs for B/16, L/16, So400m (65,536 × 768 × 3072, 32,768 × 1024 × 4096, 33,024 × 1152 ×
-    4304); torch's product alone; it and its passes:
+    H100, bfloat16, no biases, µs at 65,536 × 768 × 3072 (2048 for "swiglu"), 32,768 × 1024 × 4096 and 33,024 × 1152 ×
+    4304, of two runs the better; torch's product alone; it and its passes (benchmarks/search_mlp.py):
 
-        hidden and act     482, 414, 488    with a bias 490, 415, 501    434, 440, 517     706, 596, 718
-        act and dhidden    632, 462, 561    with a bias 661, 522, 571    447, 451, 528    1192, 928, 1047
+        "gelu_tanh"    hidden and act                     559, 474, 563    479, 439, 512      725, 577, 668
+                       act and dhidden, 16 rows, 1 ahead  730, 531, 605    471, 398, 506     1113, 844, 936
+                                                 2 ahead  687, 533, 648
+                       8 rows, 2 to 6 ahead               675, 530, 648
+        "gelu"         hidden and act                     572              496                761
+                       act and dhidden, 1, 2 ahead        784, 735         498               1159
+        "swiglu"       hidden and act                     656              620               1340
+                       act and dhidden, 16 rows, 1 ahead  681              330               2957
+                       8 rows, 2, 3, 4 ahead              669, 635, 646
 
+    float16 takes as long as bfloat16: 559 and 652 for 722 and 1108. Rows of 32 in the first kernel are within 2%, or
+    fall 15% behind in one run of two; more chunks ahead than these spill (982 for two of 16 rows of "swiglu").
     Without activation and stores both take 388 and 379 for B/16, 800 TFLOP/s; what is moved between the L2 cache and
-    the multiprocessors, 3.6 GB of blocks and 0.8 to 1.2 of the rest, sets their pace. Slower for B/16: blocks of 32
-    instead of 64 in six stages, 528 and 633 or more; the product of a step still under way in the next, 496 and 646;
-    chunks of 8 rows, 484 and 734; hidden brought into the L2 cache a tile ahead, 689; chunks of 32 rows spill in the
-    second. "gelu" is untimed, "swiglu" and float16 untried. Elsewhere not measured.
+    the multiprocessors, 3.6 GB of blocks and 0.8 to 1.2 of the rest, sets their pace. Slower for B/16, too: blocks of
+    32 instead of 64 in six stages; the product of a step still under way in the next; hidden brought into the L2 cache
+    a tile ahead. Elsewhere not measured.
     """
-    if arch != 90 or activation == "swiglu" or dtype != torch.bfloat16:
+    if arch != 90:
         return None
-    return {"up_chunk": 16, "down_chunk": 16, "down_ahead": 1}
+    if activation == "swiglu":
+        return {"up_chunk": 16, "down_chunk": 8, "down_ahead": 3}
+    return {"up_chunk": 16, "down_chunk": 16, "down_ahead": 1 if bias or width > 1024 else 2}
 
 
-def fused_config(x_TE: Tensor, mlp_width: int, activation: str) -> dict[str, int] | None:
+def fused_config(x_TE: Tensor, mlp_width: int, activation: str, bias: bool) -> dict[str, int] | None:
     """The launch choice, or None where torch does it: on CPU, in float32, where rows are not 16-byte aligned."""
     fits = x_TE.itemsize == 2 and x_TE.shape[1] % 8 == 0 and mlp_width % 8 == 0 and x_TE.numel() > 0
     if not fits or not gluon_is_supported():
         return None
-    return choose_config(architecture(x_TE.device), activation, x_TE.dtype)
+    return choose_config(architecture(x_TE.device), activation, x_TE.shape[1], bias)
 
 
 def _activate_torch(hidden_TU: Tensor, activation: str) -> Tensor:
@@ -73,9 +83,19 @@ def _activate_torch(hidden_TU: Tensor, activation: str) -> Tensor:
 def _activate_backward_torch(dact_TM: Tensor, hidden_TU: Tensor, activation: str) -> Tensor:
     if activation == "swiglu":
         gate_TM, value_TM = hidden_TU.chunk(2, 1)
-        dgate_TM = torch.ops.aten.silu_backward(dact_TM * value_TM, gate_TM)
-        return torch.cat([dgate_TM, dact_TM * torch.nn.functional.silu(gate_TM)], 1)
+        dhidden_TU = hidden_TU.new_empty(hidden_TU.shape)
+        dgate_TM, dvalue_TM = dhidden_TU.chunk(2, 1)
+        torch.ops.aten.silu_backward.grad_input(dact_TM * value_TM, gate_TM, grad_input=dgate_TM)
+        torch.mul(dact_TM, torch.nn.functional.silu(gate_TM), out=dvalue_TM)
+        return dhidden_TU
     return torch.ops.aten.gelu_backward(dact_TM, hidden_TU, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _weight_gradient(dout_TN: Tensor, x_TK: Tensor, dtype: torch.dtype) -> Tensor:
+    """doutᵀ @ x; in float32 as the product has it, not rounded to 16 bits between."""
+    if x_TK.dtype == dtype or x_TK.device.type != "cuda":
+        return (dout_TN.T @ x_TK).to(dtype)
+    return torch.mm(dout_TN.T, x_TK, out_dtype=dtype)
 
 
 def feed_forward(
@@ -89,7 +109,7 @@ def feed_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return out and hidden (empty unless kept)."""
     tokens, mlp_width = len(x_TE), down_EM.shape[1]
-    config = fused_config(x_TE, mlp_width, activation)
+    config = fused_config(x_TE, mlp_width, activation, up_bias_U is not None)
     if config is None:
         hidden_TU = linear(x_TE, up_UE, up_bias_U)
         act_TM = _activate_torch(hidden_TU, activation)
@@ -112,16 +132,16 @@ def feed_forward_backward(
     down_EM: Tensor,
     up_bias_U: Tensor | None,
     activation: str,
-    weight_grads: bool,
+    weight_dtype: torch.dtype | None,
     down_bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, dup, ddown, and in float32 dup_bias and ddown_bias; empty what is not wanted or has no bias. An empty
-    hidden is computed again."""
-    tokens, mlp_width = len(x_TE), down_EM.shape[1]
+    """Return dx, dup and ddown in weight_dtype, and in float32 dup_bias and ddown_bias; empty what has no bias, and
+    all but dx for no weight_dtype. An empty hidden is computed again."""
+    tokens, mlp_width, weight_grads = len(x_TE), down_EM.shape[1], weight_dtype is not None
     if len(hidden_TU) < tokens:
         hidden_TU = linear(x_TE, up_UE, up_bias_U)
     bias_grad = weight_grads and up_bias_U is not None
-    config = fused_config(x_TE, mlp_width, activation)
+    config = fused_config(x_TE, mlp_width, activation, up_bias_U is not None)
     if config is None:
         act_TM = _activate_torch(hidden_TU, activation)
         dhidden_TU = _activate_backward_torch(dout_TE @ down_EM, hidden_TU, activation)
@@ -136,9 +156,9 @@ def feed_forward_backward(
             dout_TE, down_EM, hidden_TU.contiguous(), act_TM, dhidden_TU, partial_GU, activation, config["down_chunk"],
             config["down_ahead"],
         )  # fmt: skip
-    ddown_EM = dout_TE.T @ act_TM if weight_grads else x_TE.new_empty(0)
+    ddown_EM = x_TE.new_empty(0) if weight_dtype is None else _weight_gradient(dout_TE, act_TM, weight_dtype)
     del act_TM  # frees what the next products write
-    dup_UE = dhidden_TU.T @ x_TE if weight_grads else x_TE.new_empty(0)
+    dup_UE = x_TE.new_empty(0) if weight_dtype is None else _weight_gradient(dhidden_TU, x_TE, weight_dtype)
     dup_bias_U = (
         x_TE.new_empty(0, dtype=torch.float32) if partial_GU is None else partial_GU.sum(0, dtype=torch.float32)
     )

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._jit import launch_kernel, segment_of
+from .._jit import launch_kernel, multiprocessors, segment_of
 
 
 @triton.jit
@@ -151,11 +151,15 @@ def choose_config(width: int) -> dict[str, int]:
     return {"BLOCK_E": block, "ROWS": max(1, 1024 // block), "num_warps": min(max(block // 256, 4), 16)}
 
 
-def programs_of_backward(device: torch.device, width: int) -> int:
-    """G: about 32 warps for each multiprocessor; every program costs a row of partial sums."""
-    if device.type != "cuda":
+def programs_of_backward(device: torch.device, width: int, bias: bool, layer_scale: bool) -> int:
+    """G: as many as run at once, since all have the same work; every program costs a row of partial sums.
+
+    Warps for each multiprocessor: of threads with 64, 80 or 102 registers, as further sums take them.
+    """
+    if device.type == "cpu":  # interpreted
         return 3
-    return torch.cuda.get_device_properties(device).multi_processor_count * 32 // choose_config(width)["num_warps"]
+    warps = 16 if layer_scale else 24 if bias else 32
+    return multiprocessors(device) * max(1, warps // choose_config(width)["num_warps"])
 
 
 def add_norm(
@@ -208,7 +212,7 @@ def add_norm_backward(
     has_keep, has_layer_scale = len(stats_RT) > 1 + centred, layer_scale_E is not None
     dx_TE = x_new_TE.new_empty(tokens, width)
     dbranch_TE = x_new_TE.new_empty((0, width) if branch_dtype is None else (tokens, width), dtype=branch_dtype)
-    programs = programs_of_backward(x_new_TE.device, width)
+    programs = programs_of_backward(x_new_TE.device, width, has_bias, has_layer_scale)
     partial_GNE = x_new_TE.new_empty(programs, 1 + has_bias + has_layer_scale, width, dtype=torch.float32)
     partial_NGE = partial_GNE.transpose(0, 1)
     launch_kernel(

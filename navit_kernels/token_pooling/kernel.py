@@ -72,7 +72,7 @@ def _normed_keys(k, offs_d, eps, NORM: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["segments"])
-def partial_kernel(
+def pool_partial_kernel(
     u_ptr, k_ptr, v_ptr, cu_seqlens_ptr, acc_ptr, max_ptr, sum_ptr,
     segments, eps,
     STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr,
@@ -122,7 +122,7 @@ def partial_kernel(
 
 
 @triton.jit
-def combine_kernel(
+def pool_combine_kernel(
     acc_ptr, max_ptr, sum_ptr, cu_seqlens_ptr, out_ptr, out32_ptr, top_ptr, total_ptr,
     QH: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -158,7 +158,7 @@ def combine_kernel(
 
 
 @triton.jit(do_not_specialize=["segments"])
-def backward_kernel(
+def pool_backward_kernel(
     dout_ptr, out32_ptr, top_ptr, total_ptr, u_ptr, k_ptr, v_ptr, cu_seqlens_ptr, du_ptr, dk_ptr, dv_ptr,
     segments, eps,
     STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr,
@@ -255,14 +255,14 @@ def attention_pool(
     acc_NQHD = u_QHD.new_empty(slots, queries, heads, width)
     max_NQH, sum_NQH = u_QHD.new_empty(2, slots, queries, heads)
     launch_kernel(
-        partial_kernel, (slots * heads * triton.cdiv(queries, config["BLOCK_Q"]),),
+        pool_partial_kernel, (slots * heads * triton.cdiv(queries, config["BLOCK_Q"]),),
         u_QHD.contiguous(), k_THD, v_THD, cu_seqlens, acc_NQHD, max_NQH, sum_NQH,
         segments, eps, **_strides(k_THD, v_THD),
         Q=queries, H=heads, D=width, NORM=norm, CHUNK=CHUNK, **config,
     )  # fmt: skip
     block_r = min(triton.next_power_of_2(queries * heads), 16)
     launch_kernel(
-        combine_kernel, (segments * triton.cdiv(queries * heads, block_r),),
+        pool_combine_kernel, (segments * triton.cdiv(queries * heads, block_r),),
         acc_NQHD, max_NQH, sum_NQH, cu_seqlens, out_SQHD, out32_SQHD, *softmax_2SQH,
         QH=queries * heads, D=width, CHUNK=CHUNK, BLOCK_R=block_r, BLOCK_D=config["BLOCK_D"], num_warps=4,
     )  # fmt: skip
@@ -289,7 +289,7 @@ def attention_pool_backward(
     if du_NQHD.numel():
         k_THD, v_THD = _token_major(k_THD), _token_major(v_THD)
         launch_kernel(
-            backward_kernel, (slots * heads,),
+            pool_backward_kernel, (slots * heads,),
             dout_SQHD.contiguous(), out32_SQHD, *softmax_2SQH, u_QHD.contiguous(), k_THD, v_THD, cu_seqlens,
             du_NQHD, dk_THD, dv_THD,
             segments, eps, **_strides(k_THD, v_THD),
