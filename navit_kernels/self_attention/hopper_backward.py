@@ -17,8 +17,16 @@ alone) and, in hopper_queries, the next one's scores:
     matrix unit   S₀ dP₀ S₁     │ dP₁ S₂ du₀          │ dP₂ du₁             │ du₂             hopper_queries
     registers         P₀    G₀  │ P₁     G₁           │ P₂      G₂          │
 
-Barriers: own_full and own_empty of a warpgroup's rows, full and empty of each stage of what passes, and q_full for the
-raw q of hopper_queries' epilogue, which comes into the tile that dq leaves by.
+Barriers, of which the warpgroups wait for the full ones and the loader for the empty ones:
+
+    own_full  ⇄ own_empty    a warpgroup's rows: loaded; read for the last time
+    full      ⇄ empty        a stage of what passes: loaded; read by both warpgroups
+    q_full    ⇄ q_empty      raw q for hopper_queries' epilogue: loaded; dq, which leaves by the same tile, has left
+
+One writer an address and no atomics: bits repeat. That costs the two products that both kernels compute. Five, at the
+rate of hopper_keys, would take 3990 µs of the 6080 at 4096 tokens each (16 heads of 64, 65,536 tokens), and 810 of the
+1295 at ft; less the atomics and the float32 dq, which it takes 270 µs to clear and convert. That is the most that
+determinism can cost here; the other way was not built.
 
 Per-row numbers pass by TMA, too, whose starts are multiples of 16 bytes: backward_prepare writes them item by item,
 padded to TILE: rows (items, H, TILE / BLOCK, 2, BLOCK) of (lse, Δ), lse = +inf past the end, and sizes (items, H, TILE)
