@@ -104,6 +104,8 @@ def gpu_cases() -> Iterator[Case]:
         yield Case(AWKWARD, 2, width, dtype, kind, kind, weight, bias, planned=planned)
     for width, planned in zip((72, 80, 96, 128), (True, False, True, False), strict=True):
         yield replace(MAIN, width=width, planned=planned)
+    for width in (80, 128):
+        yield replace(MAIN, width=width, dtype=FP16)
     for dtype in (BF16, FP16, FP32):
         yield from hard(replace(MAIN, dtype=dtype))
     for width in (72, 128):

@@ -75,7 +75,9 @@ def test_column_parts_cover_a_head(width: int) -> None:
 def test_kernels_fit_and_run_on_the_matrix_unit(arch: str, case: Case) -> None:
     index = bisect.bisect_left(CLASS_LIMITS, case.lengths[0])
     launches = launches_of(arch, index, case.width, case.dtype)
-    for one in compile_launches(arch, lambda: launch_on_meta(case, arch)):
+    compiled = compile_launches(arch, lambda: launch_on_meta(case, arch))
+    assert any(one.name.startswith("hopper_") for one in compiled) == (arch == "sm_90")
+    for one in compiled:
         launch = launches.get(one.name)
         allowed = launch.spills if launch else 0
         assert one.spills <= allowed, f"{one.name} on {arch} spills {one.spills} ({one.registers} registers)"

@@ -119,10 +119,39 @@ def test_gpu_packs_that_fill_the_gpu_repeat_bitwise_and_are_like_the_portable_ke
             assert_same_bits(case.results(tensors), first)
 
 
-@pytest.mark.parametrize(("case", "packs"), [(MAIN, 200), (replace(MAIN, width=72, dtype=FP16), 30)], ids=str)
+@pytest.mark.parametrize(
+    ("case", "packs"), [(MAIN, 200), (replace(MAIN, width=72, dtype=FP16), 30), (replace(MAIN, width=128), 30)], ids=str
+)
 def test_gpu_an_image_has_the_same_bits_alone_and_in_any_pack(case: Case, packs: int) -> None:
     lengths = (1, 2, 7, 16, 20, 31, 32, 33, 50, 64, 65, 90, 127, 128, 129, 180, 255, 256, 257, 300, 400, 600)
     assert_alone_as_in_company(replace(case, lengths=lengths), "cuda", packs)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("width", [64, 72, 80, 96, 128])
+def test_gpu_hopper_runs_its_own_kernels(width: int, dtype: torch.dtype) -> None:
+    """Where the launch table names them, and nothing else in their place."""
+    from navit_kernels.plan import CLASSES
+    from navit_kernels.self_attention.config import choose_config
+
+    case = replace(MAIN, lengths=EVERY_CLASS, width=width, dtype=dtype)
+    tensors = case.inputs("cuda")
+    case.results(tensors)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        case.results(tensors)
+        torch.cuda.synchronize()
+    ran = {event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA}
+    configs = [choose_config(90, width, index, 16, True) for index in range(CLASSES)]
+    forward, backward = {c.forward.kernel for c in configs}, {c.backward.kernel for c in configs}
+    named = {f"hopper_forward_{kernel}" for kernel in ("tile", "stream") if f"hopper_{kernel}" in forward}
+    named |= {f"hopper_backward_{kernel}" for kernel in ("tile", "resident") if f"hopper_{kernel}" in backward}
+    named |= {"hopper_keys", "hopper_queries"} if "hopper_stream" in backward else set()
+    assert {name for name in ran if name.startswith("hopper_")} == named
+    assert {"hopper_forward_stream", "hopper_keys", "hopper_queries"} <= named
 
 
 @pytest.mark.parametrize("width", [64, 72, 128])
@@ -132,7 +161,18 @@ def test_gpu_a_tile_chooses_its_own_maximum(width: int, planned: bool) -> None:
     assert_a_tile_chooses_its_own_maximum(case, "cuda")
 
 
-@pytest.mark.parametrize("case", [MAIN, replace(MAIN, planned=False), replace(MAIN, dtype=FP32), CROSS], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        MAIN,
+        replace(MAIN, planned=False),
+        replace(MAIN, width=72, dtype=FP16),
+        replace(MAIN, width=128),
+        replace(MAIN, dtype=FP32),
+        CROSS,
+    ],
+    ids=str,
+)
 def test_gpu_other_images_do_not_leak(case: Case) -> None:
     lengths = EVERY_CLASS if case.lengths_k is None else case.lengths
     assert_other_images_do_not_leak(replace(case, lengths=lengths), "cuda")
@@ -307,7 +347,11 @@ def waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("case", [MAIN, replace(MAIN, planned=False), CROSS, replace(CROSS, planned=False)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [MAIN, replace(MAIN, planned=False), replace(MAIN, width=128), CROSS, replace(CROSS, planned=False)],
+    ids=str,
+)
 def test_gpu_never_waits(case: Case) -> None:
     tensors = {name: tensor.detach().requires_grad_(name != "dout") for name, tensor in case.inputs("cuda").items()}
     q, k, v, dout, *parameters = (tensors[name] for name in ("q", "k", "v", "dout", *(n for n in tensors if "_" in n)))
@@ -320,10 +364,10 @@ def test_gpu_never_waits(case: Case) -> None:
         torch.autograd.grad(out, (q, k, v, *parameters), dout)
 
 
-@pytest.mark.parametrize("planned", [True, False])
-def test_gpu_graph_replays_with_new_lengths(planned: bool) -> None:
+@pytest.mark.parametrize(("width", "planned"), [(64, True), (64, False), (72, True), (128, True)])
+def test_gpu_graph_replays_with_new_lengths(width: int, planned: bool) -> None:
     """Captured on short images; replayed on packs of every class with as many tokens and images."""
-    case = replace(MAIN, lengths=(90, 100, 110, 100, 100, 100), planned=planned)
+    case = replace(MAIN, lengths=(90, 100, 110, 100, 100, 100), width=width, planned=planned)
     packs = [(20, 300, 60, 0, 120, 100), (600, 0, 0, 0, 0, 0), (1, 32, 33, 64, 256, 214), (257, 343, 0, 0, 0, 0)]
     tensors = {name: tensor.detach().requires_grad_(name != "dout") for name, tensor in case.inputs("cuda").items()}
     leaves = [tensor for name, tensor in tensors.items() if name != "dout"]
