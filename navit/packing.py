@@ -12,6 +12,7 @@ import math
 from bisect import bisect_right, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -130,11 +131,11 @@ def pack(
     Returns packs on the images' device; inside a pack, images keep the caller's order. Raises ValueError, naming the
     image, for one that does not fit the budget or the patch size.
     """
-    grids = [_grid(index, image, images[0], patch_size, max_side) for index, image in enumerate(images)]
-    kept, lengths = None, [rows * columns for rows, columns in grids]
+    grids = _grids(images, patch_size, max_side)
+    kept, lengths = None, grids.prod(1).tolist()
     if token_drop is not None:
         rng = np.random.default_rng(seed)
-        kept = [drop_tokens(rows, columns, token_drop, rng) for rows, columns in grids]
+        kept = [drop_tokens(rows, columns, token_drop, rng) for rows, columns in grids.tolist()]
         lengths = [len(places) for places in kept]
     if token_budget is None:
         groups = [list(range(len(images)))] if images else []
@@ -143,7 +144,7 @@ def pack(
     packs = []
     device = images[0].device if images else torch.device("cpu")
     for group in groups:
-        grids_S2 = np.array([grids[index] for index in group], np.int32)
+        grids_S2 = grids[group].astype(np.int32)
         lengths_S = np.array([lengths[index] for index in group])
         cu_seqlens = np.concatenate([[0], lengths_S.cumsum()]).astype(np.int32)
         columns_T = grids_S2[:, 1].repeat(lengths_S)
@@ -177,19 +178,32 @@ def in_given_order(rows: Sequence[Tensor], packs: Sequence[PackedImages]) -> Ten
     return torch.cat(list(rows))[torch.argsort(order)]
 
 
-def _grid(index: int, image: Tensor, first: Tensor, patch_size: int, max_side: int | None) -> tuple[int, int]:
-    """(rows, columns) of an image in patches."""
+def _grids(images: Sequence[Tensor], patch_size: int, max_side: int | None) -> np.ndarray:
+    """(S, 2): rows and columns of each image in patches. Looks at all images together, which is quick, and then, where
+    one does not fit, for the first such one."""
+    if not images:
+        return np.zeros((0, 2), np.int64)
+    first = images[0]
+    if all(isinstance(image, Tensor) and image.dim() == 3 for image in images):
+        sizes_S3 = np.fromiter(chain.from_iterable(image.shape for image in images), np.int64).reshape(-1, 3)
+        grids_S2 = sizes_S3[:, 1:] // patch_size
+        fits = (grids_S2 * patch_size == sizes_S3[:, 1:]).all() and grids_S2.min() > 0
+        fits = fits and (max_side is None or grids_S2.max() <= max_side)
+        same = len({image.dtype for image in images}) == len({image.device for image in images}) == 1
+        same = same and (sizes_S3[:, 0] == first.shape[0]).all()
+        if fits and same and (first.dtype == torch.uint8 or first.dtype.is_floating_point):
+            return grids_S2
+    for index, image in enumerate(images):
+        _refuse(f"images[{index}]", image, first, patch_size, max_side)
+    raise AssertionError("none of the images was refused")
+
+
+def _refuse(name: str, image: Tensor, first: Tensor, patch_size: int, max_side: int | None) -> None:
+    """Raise what is wrong with an image, if anything is."""
     if not isinstance(image, Tensor) or image.dim() != 3:
         got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(f"images[{index}] must be a tensor (C, H, W), got {got}")
-    channels, height, width = image.shape
-    rows, columns = height // patch_size, width // patch_size
-    fits = height and width and height == rows * patch_size and width == columns * patch_size
-    fits = fits and (max_side is None or max(rows, columns) <= max_side)
-    same = image is first or (image.dtype, channels, image.device) == (first.dtype, first.shape[0], first.device)
-    if fits and same and (image.dtype == torch.uint8 or image.dtype.is_floating_point):
-        return rows, columns
-    name = f"images[{index}]"
+        raise ValueError(f"{name} must be a tensor (C, H, W), got {got}")
+    _, height, width = image.shape
     if height % patch_size or width % patch_size or not height or not width:
         raise ValueError(f"{name} must have sides that are multiples of {patch_size} pixels, got {height} × {width}")
     if max_side is not None and max(height, width) > max_side * patch_size:
@@ -198,7 +212,8 @@ def _grid(index: int, image: Tensor, first: Tensor, patch_size: int, max_side: i
     if (image.dtype, image.shape[0], image.device) != (first.dtype, first.shape[0], first.device):
         expected = f"{first.shape[0]} channels of {first.dtype} on {first.device} as images[0]"
         raise ValueError(f"{name} must have {expected}, got {image.shape[0]} of {image.dtype} on {image.device}")
-    raise ValueError(f"{name} must be uint8 or float, got {image.dtype}")
+    if image.dtype != torch.uint8 and not image.dtype.is_floating_point:
+        raise ValueError(f"{name} must be uint8 or float, got {image.dtype}")
 
 
 # Which images share a pack

@@ -9,8 +9,10 @@ S segments, N work items.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -76,6 +78,12 @@ def check_plan_tokens(host_offsets: Sequence[int], tokens: int, tokens_k: int) -
         fail("plan", f"of {tokens} tokens of q and {tokens_k} of k", f"of {host_offsets[-2]} and {host_offsets[-1]}")
 
 
+def int64_tensor(numbers: Iterable[int]) -> Tensor:
+    """torch.tensor(numbers), which takes ten times as long over many."""
+    values = array("q", numbers)
+    return torch.frombuffer(values, dtype=torch.int64) if values else torch.zeros(0, dtype=torch.int64)
+
+
 def plan_pack(
     lengths: Sequence[int], device: torch.device | str = "cpu", lengths_k: Sequence[int] | None = None
 ) -> PackPlan:
@@ -86,28 +94,34 @@ def plan_pack(
     """
     if lengths_k is not None and len(lengths_k) != len(lengths):
         fail("lengths_k", f"one length per segment, {len(lengths)} in all", len(lengths_k))
-    sides = torch.tensor([list(lengths), list(lengths if lengths_k is None else lengths_k)], dtype=torch.int64)
-    if sides.numel() and sides.min() < 0:
-        fail("lengths", "at least 0", int(sides.min()))
-    ends = sides.cumsum(1)
-    cu_seqlens = torch.cat([torch.zeros(2, 1, dtype=torch.int64), ends], 1).to(torch.int32)
-    longest = sides.amax(0)
+    lists = [lengths, lengths if lengths_k is None else lengths_k]
+    longest_side, tokens = [max(numbers, default=0) for numbers in lists], [sum(numbers) for numbers in lists]
+    shortest = min(min(numbers, default=0) for numbers in lists)
+    if shortest < 0:
+        fail("lengths", "at least 0", shortest)
+    sides = [int64_tensor(numbers) for numbers in (lists if lengths_k is not None else lists[:1])]
+    ends = [side.cumsum(0) for side in sides]
+    longest = sides[0] if len(sides) == 1 else torch.maximum(*sides)
     # bucketize, searchsorted and repeat_interleave would wake a pool of threads, which takes longer than all of this
     classes = (longest[:, None] > torch.tensor(CLASS_LIMITS)).sum(1)
-    tiles = torch.where(classes == CLASSES - 1, -(-longest // TILE), (longest > 0).long())
+    tiles = torch.where(classes == CLASSES - 1, (longest + TILE - 1) // TILE, longest > 0)
     order = torch.argsort(classes * (1 << 40) - longest, stable=True)
+    sizes = torch.zeros(CLASSES, dtype=torch.int64).index_add_(0, classes, tiles).tolist()
+    offsets, count = [*accumulate(sizes, initial=0)], sum(sizes)
     item_ends = tiles[order].cumsum(0)
-    firsts, count = item_ends - tiles[order], int(tiles.sum())
+    firsts = item_ends - tiles[order]
     begun = torch.zeros(count + 1, dtype=torch.int64).index_add_(0, firsts, torch.ones_like(firsts))
     rank = begun[:count].cumsum(0) - 1
     segment, first = order[rank], firsts[rank]
-    items = torch.zeros(max_items(int(longest.sum()), len(longest)), ITEM_FIELDS, dtype=torch.int32)
-    starts = ends - sides
-    columns = (starts[0][segment], sides[0][segment], starts[1][segment], sides[1][segment])
-    items[:count, :6] = torch.stack([*columns, torch.arange(count) - first, segment], 1).to(torch.int32)
-    sizes = torch.zeros(CLASSES, dtype=torch.int64).index_add_(0, classes, tiles)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).to(torch.int32)
-    extents = torch.cat([torch.nn.functional.pad(sides, (1, 0)).amax(1), sides.sum(1)])
-    host_offsets = torch.cat([offsets, extents.to(torch.int32)])
-    plan = PackPlan(cu_seqlens[0], None if lengths_k is None else cu_seqlens[1], items, offsets, host_offsets)
+    columns = [column[segment] for side, end in zip(sides, ends, strict=True) for column in (end - side, side)]
+    items = torch.zeros(max_items(int(longest.sum()), len(lengths)), ITEM_FIELDS, dtype=torch.int32)
+    items[:count, :6] = torch.stack([*(columns * 2)[:4], torch.arange(count) - first, segment], 1)
+    cu_seqlens = [torch.nn.functional.pad(end, (1, 0)).to(torch.int32) for end in ends]
+    plan = PackPlan(
+        cu_seqlens[0],
+        None if lengths_k is None else cu_seqlens[1],
+        items,
+        torch.tensor(offsets, dtype=torch.int32),
+        torch.tensor([*offsets, *longest_side, *tokens], dtype=torch.int32),
+    )
     return plan.to(device, non_blocking=True)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from .._checks import fail
+from ..plan import int64_tensor
 
 
 @dataclass(frozen=True)
@@ -36,27 +38,15 @@ class PixelBuffer:
 
         pin_memory: put a CPU buffer in page-locked memory, from where `.to("cuda")` copies without waiting.
         """
-        if len(images) == 0:
-            fail("images", "at least one image", "none")
-        first = images[0]
-        kind = (first.dtype, first.device) if isinstance(first, Tensor) else None
-        for index, image in enumerate(images):
-            if not isinstance(image, Tensor) or image.dim() != 3:
-                got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-                fail(f"images[{index}]", "a tensor (C, H, W)", got)
-            if image.shape[0] != first.shape[0] or (image.dtype, image.device) != kind:
-                wanted = f"like images[0]: {first.shape[0]} channels, {first.dtype}, {first.device}"
-                fail(f"images[{index}]", wanted, f"{image.shape[0]} channels, {image.dtype}, {image.device}")
-        flat = [image.reshape(-1) for image in images]
-        sizes_S2 = torch.tensor([image.shape[1:] for image in images], dtype=torch.int32)
-        counts = sizes_S2.prod(1) * first.shape[0]
+        sizes_S3 = _sizes(images)
+        counts, sizes_S2, first = sizes_S3.prod(1), sizes_S3[:, 1:].to(torch.int32), images[0]
         offsets_S = counts.cumsum(0) - counts
         if pin_memory and first.device.type == "cpu":
             pixels = torch.empty(int(counts.sum()), dtype=first.dtype, pin_memory=True)
-            torch.cat(flat, out=pixels)
+            torch.cat([image.reshape(-1) for image in images], out=pixels)
             offsets_S, sizes_S2 = offsets_S.pin_memory(), sizes_S2.pin_memory()
         else:
-            pixels = torch.cat(flat)
+            pixels = torch._utils._flatten_dense_tensors(images)
         return cls(pixels, offsets_S, sizes_S2, first.shape[0]).to(first.device)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> PixelBuffer:
@@ -69,6 +59,27 @@ class PixelBuffer:
         return PixelBuffer(
             self.pixels.pin_memory(), self.offsets_S.pin_memory(), self.sizes_S2.pin_memory(), self.channels
         )
+
+
+def _sizes(images: Sequence[Tensor]) -> Tensor:
+    """(S, 3): channels, heights, widths. Looks at all images together, which is quick, and then, where one is not like
+    the first one, for it."""
+    if len(images) == 0:
+        fail("images", "at least one image", "none")
+    if all(isinstance(image, Tensor) and image.dim() == 3 for image in images):
+        sizes_S3 = int64_tensor(chain.from_iterable(image.shape for image in images)).view(-1, 3)
+        same = len({image.dtype for image in images}) == len({image.device for image in images}) == 1
+        if same and bool((sizes_S3[:, 0] == sizes_S3[0, 0]).all()):
+            return sizes_S3
+    first = images[0]
+    for index, image in enumerate(images):
+        if not isinstance(image, Tensor) or image.dim() != 3:
+            got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            fail(f"images[{index}]", "a tensor (C, H, W)", got)
+        if (image.shape[0], image.dtype, image.device) != (first.shape[0], first.dtype, first.device):
+            wanted = f"like images[0]: {first.shape[0]} channels, {first.dtype}, {first.device}"
+            fail(f"images[{index}]", wanted, f"{image.shape[0]} channels, {image.dtype}, {image.device}")
+    raise AssertionError("no image differs")
 
 
 @dataclass(frozen=True)
