@@ -73,7 +73,7 @@ def variants(index: int, head_dim: int) -> list[tuple[str, ClassConfig]]:
 
 def run(case: str, heads: int, head_dim: int, what: str, config: ClassConfig | None, repeats: int, index: int):
     """Times by kernel name in µs, and the outputs."""
-    from navit_kernels.self_attention import launch
+    from navit_kernels.self_attention import launch, signature
 
     torch.manual_seed(0)
     lengths = image_lengths(case, TOKENS)
@@ -84,10 +84,11 @@ def run(case: str, heads: int, head_dim: int, what: str, config: ClassConfig | N
     weight = torch.ones(head_dim, device="cuda")
     norms = launch.Norms(1, weight, None, 1e-6, 1, weight, 1e-6)
 
-    def choose(arch: int, width: int, one: int, bits: int) -> ClassConfig:
-        return config if config is not None and one == index else choose_config(arch, width, one, bits)
+    def choose(arch: int, width: int, one: int, bits: int, *gluon: bool | None) -> ClassConfig:
+        return config if config is not None and one == index else choose_config(arch, width, one, bits, *gluon)
 
-    with mock.patch.object(launch, "choose_config", choose):
+    fresh = mock.patch.object(launch, "known_signature", signature.Signature)
+    with fresh, mock.patch.object(signature, "choose_config", choose):
         call = launch.Launcher(*qkv.unbind(1), norms, head_dim**-0.5, plan.items, plan.offsets, plan.host_offsets)
         out, lse, r = launch.forward(call, True)
         grads = torch.empty_like(qkv)

@@ -20,6 +20,7 @@ from navit_kernels import HeadNorm, PackPlan, plan_pack, varlen_attention, varle
 from navit_kernels.head_norm import NORM_CODES
 from navit_kernels.plan import TILE
 from navit_kernels.self_attention import arguments, op
+from navit_kernels.self_attention.config import ClassConfig, choose_config
 from navit_kernels.testing import assert_error_within, cu_seqlens_of
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -37,6 +38,18 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def launch_table(choose: Callable[..., ClassConfig]) -> Iterator[None]:
+    """Calls inside are launched as `choose` says instead of choose_config."""
+    from navit_kernels.self_attention import launch, signature
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(signature, "choose_config", choose))
+        stack.enter_context(mock.patch.object(launch, "known_signature", signature.Signature))
+        stack.enter_context(mock.patch.dict(arguments._known, clear=True))
+        yield
 
 
 @contextmanager
@@ -210,16 +223,13 @@ def assert_other_images_do_not_leak(case: Case, device: str) -> None:
 def assert_a_tile_chooses_its_own_maximum(case: Case, device: str) -> None:
     """Queries of one tile grow so that under the fixed maximum all its P would be 0: it takes the running one, and not
     a bit of the other tiles changes, of its own image and of others, which take the fixed one as before."""
-    from navit_kernels.self_attention import launch
-
     small = case.inputs(device)
     start = case.lengths[0] + TILE
     end = start + TILE
     assert end < case.lengths[0] + case.lengths[1]
     large = small | {"q": small["q"].clone()}
     large["q"][start:end] *= 64
-    choose = launch.choose_config
-    with mock.patch.object(launch, "choose_config", lambda *args: replace(choose(*args), fixed_max=False)):
+    with launch_table(lambda *args: replace(choose_config(*args), fixed_max=False)):
         online, _ = case.attend(small)
     before, after = case.attend(small), case.attend(large)
     assert all(tensor.isfinite().all() for tensor in after)
