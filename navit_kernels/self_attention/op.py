@@ -155,7 +155,7 @@ def _run(
     if not direct:
         out, lse, _ = torch.ops.navit_kernels.varlen_attention(*shared, differentiable or keep_lse)
         return out, lse
-    call = _launcher(*shared, signature)
+    call = _launcher(*shared, signature=signature)
     if not differentiable:
         return _kernels(call, keep_lse)[:2]
     # Function.apply without its search for what functorch has left behind
@@ -212,7 +212,7 @@ def _(cu_seqlens, cu_seqlens_k, tokens, tokens_k):  # type: ignore[no-untyped-de
 def _launcher(
     q: Tensor, k: Tensor | None, v: Tensor | None, items: Tensor, offsets: Tensor, host_offsets: Tensor | None,
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, q_kind: int,
-    q_eps: float, k_kind: int, k_eps: float, scale: float, cross: bool, signature: Signature | None = None,
+    q_eps: float, k_kind: int, k_eps: float, scale: float, cross: bool, *, signature: Signature | None = None,
 ) -> Launcher:  # fmt: skip
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         host_offsets = None  # a captured graph must serve other lengths
