@@ -175,7 +175,7 @@ WIDE = (  # from 88 to 128, measured at 128 with 8 heads
 # Gluon, by (NARROW, MIDDLE or WIDE; class). Of hopper_tile block_m is the longest segment, block_n the keys of a chunk.
 # Of hopper_stream the warps are those that multiply, the registers every warp's at first, the times key_sizes' too.
 HOPPER_FORWARD = {
-    (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, measured="on an H200 U64 152; portable 189"),
+    (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, measured="U64 182 with gaps, portable 195; on an H200 152"),
     (0, 2): Launch("hopper_tile", 128, 64, 4, 1, 168, 192, measured="U128 188; capped at 128 184 or 202, portable 221"),
     (0, 3): Launch("hopper_tile", 256, 64, 4, 1, 168, 320, measured="U256 229; running maximum 242, portable 383"),
     (1, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="on an H200 U64 183; portable 278"),
@@ -188,7 +188,7 @@ HOPPER_FORWARD = {
         "hopper_stream", 128, 64, 4, 3, 128, 192, measured="ft 548, hr 1786, U4096 2159; portable 750, 2334, 2780"
     ),
     (1, 4): Launch("hopper_stream", 128, 64, 4, 3, 128, 384, measured="ft 669; portable 996"),
-    (2, 4): Launch("hopper_stream", 128, 64, 8, 3, 168, 296, measured="ft 635 with a running maximum; portable 779"),
+    (2, 4): Launch("hopper_stream", 128, 64, 8, 3, 168, 296, measured="ft 470; running maximum 544, portable 673"),
 }
 HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (0, 0): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U32 488, on the pt mix 31; portable 495, 54"),
