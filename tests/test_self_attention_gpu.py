@@ -404,7 +404,8 @@ def test_gpu_graph_replays_with_new_lengths(width: int, planned: bool) -> None:
         assert_same_bits(captured, {name: expected[name] for name in captured}, lengths)
 
 
-# Small enough for compute-sanitizer
+# Small enough for compute-sanitizer. racecheck reports the bytes by which Triton hands work to the partitions of
+# gl.warp_specialize (LDS.U8 behind BAR.SYNC 1, and the STS that it waits for), at that call's lines; all else is ours.
 
 
 @pytest.mark.parametrize(
