@@ -309,6 +309,10 @@ def backward(
         rows, queries = rows_of_class(index), config.queries
         normalize_keys = config.normalize_keys and norms.k_kind != 0
         r_or_any = lse if r is None or r.numel() == 0 else r
+        if norms.k_kind != 0 and not (normalize_keys or gluon) and call.forward_configs[True][index].normalize_keys:
+            # the forward may have reached by TMA what a hook on saved tensors has moved since: that kernel leaves no r
+            r_or_any = q.new_empty((call.heads, tokens_k, 2), dtype=torch.float32)
+            key_sizes(call, index, r_or_any)
         hopper = launch.kernel == "hopper_stream"
         if hopper:
             padded = torch.empty(3, call.items_of(index), call.heads, rows, dtype=torch.float32, device=q.device)
