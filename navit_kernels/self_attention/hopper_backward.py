@@ -46,7 +46,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .._jit import launch_kernel, multiprocessors
 from .hopper_backward_keys import hopper_keys
 from .hopper_backward_queries import hopper_queries
-from .hopper_steps import PART, parts, ragged, shared_layout
+from .hopper_steps import parts, ragged_parts, shared_layout
 from .hopper_stream_steps import BLOCK
 
 # Up to a width, what fits registers: HOLD of hopper_keys and of hopper_queries, hopper_keys' OVERLAP, hopper_queries'
@@ -71,10 +71,9 @@ def backward_stream(
     hopper_queries."""
     norms = call.norms
     hold, overlap, unroll = next(schedule for width, *schedule in SCHEDULES if call.width <= width)
-    first, second = parts(max(call.width, PART.value))
+    _, second = parts(call.width)
     tensors = dict(q=call.q, k=call.k, v=call.v, dout=dout, dq=dq, dk=dk, dv=dv)
-    halves = {f"{name}_1": ragged(x, BLOCK.value, first) for name, x in tensors.items()}
-    halves |= {f"{name}_2": ragged(x, BLOCK.value, second) if second else None for name, x in tensors.items()}
+    halves = ragged_parts(call.width, BLOCK.value, **tensors)
 
     def descriptors(*names: str) -> dict:
         return {f"{name}_{c}": halves[f"{name}_{c}"] for c in (1, 2) for name in names}

@@ -44,7 +44,7 @@ from .hopper_resident_steps import (
     sums_by_thread,
     widen_all,
 )
-from .hopper_steps import PART, parts, ragged
+from .hopper_steps import PART, parts, ragged_parts
 from .hopper_tile_steps import (
     affine_rows,
     column_parts,
@@ -433,7 +433,7 @@ def hopper_backward_resident(
 def bound_resident(
     signature: Any, splits: int, weight_grads: bool, block: int, use_lse: bool, registers: int | None
 ) -> BoundKernel:
-    _, second = parts(max(signature.width, PART.value))
+    _, second = parts(signature.width)
     options = {} if registers is None else dict(maxnreg=registers)
     return BoundKernel(
         hopper_backward_resident, **signature.norm_numbers, **signature.weights, **signature.scores,
@@ -447,10 +447,8 @@ def backward_resident(
     partials: Tensor, splits: int, weight_grads: bool, *, block: int, use_lse: bool = True,
     registers: int | None = None,
 ) -> None:  # fmt: skip
-    first, second = parts(max(call.signature.width, PART.value))
     tensors = dict(q=call.q, k=call.k, v=call.v, dout=dout, dq=dq, dk=dk, dv=dv)
-    descriptors = {f"{name}_1": ragged(x, ROWS.value, first) for name, x in tensors.items()}
-    descriptors |= {f"{name}_2": ragged(x, ROWS.value, second) if second else None for name, x in tensors.items()}
+    descriptors = ragged_parts(call.signature.width, ROWS.value, **tensors)
     bound_resident(call.signature, splits, weight_grads, block, use_lse, registers)(
         call.grid(index), **descriptors, **call.weight_pointers, **call.work(index), out_ptr=out, lse_ptr=lse,
         partials_ptr=partials,

@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .._jit import BoundKernel
-from .hopper_steps import PART, parts, ragged
+from .hopper_steps import PART, parts, ragged_parts
 from .hopper_tile_steps import (
     add_columns,
     affine_rows,
@@ -263,7 +263,7 @@ def hopper_backward_tile(
 def bound_tile(
     signature: Any, splits: int, weight_grads: bool, block: int, warps: int, use_lse: bool, registers: int | None
 ) -> BoundKernel:
-    _, second = parts(max(signature.width, PART.value))
+    _, second = parts(signature.width)
     options = {} if registers is None else dict(maxnreg=registers)
     return BoundKernel(
         hopper_backward_tile, **signature.norm_numbers, **signature.weights, **signature.scores,
@@ -276,10 +276,8 @@ def backward_tile(
     call: Any, index: int, dout: Tensor, lse: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, partials: Tensor, splits: int,
     weight_grads: bool, *, block: int, warps: int = 4, use_lse: bool = True, registers: int | None = None,
 ) -> None:  # fmt: skip
-    first, second = parts(max(call.signature.width, PART.value))
     tensors = dict(q=call.q, k=call.k, v=call.v, dout=dout, dq=dq, dk=dk, dv=dv)
-    descriptors = {f"{name}_1": ragged(x, block, first) for name, x in tensors.items()}
-    descriptors |= {f"{name}_2": ragged(x, block, second) if second else None for name, x in tensors.items()}
+    descriptors = ragged_parts(call.signature.width, block, **tensors)
     bound_tile(call.signature, splits, weight_grads, block, warps, use_lse, registers)(
         call.grid(index), **descriptors, **call.weight_pointers, **call.work(index), lse_ptr=lse, partials_ptr=partials
     )

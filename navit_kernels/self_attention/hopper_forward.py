@@ -40,7 +40,7 @@ from .hopper_forward_steps import (
     stream_step,
     vector_sum,
 )
-from .hopper_steps import PART, describe, load_tile, parts, ragged, segment_rows, shared_layout
+from .hopper_steps import PART, describe, load_tile, parts, ragged_parts, segment_rows, shared_layout
 from .hopper_tile_steps import (
     column_parts,
     load_block,
@@ -363,10 +363,9 @@ def forward_stream(
     norms = call.norms
     groups = launch.warps // 4
     rows = launch.block_m // groups
-    first, second = parts(max(call.width, PART.value))
-    heights = dict(q=(call.q, rows), k=(call.k, launch.block_n), v=(call.v, launch.block_n), out=(out, rows))
-    descriptors: dict = {f"{name}_1": ragged(x, height, first) for name, (x, height) in heights.items()}
-    descriptors |= {f"{name}_2": ragged(x, height, second) if second else None for name, (x, height) in heights.items()}
+    _, second = parts(call.width)
+    descriptors = ragged_parts(call.width, rows, q=call.q, out=out)
+    descriptors |= ragged_parts(call.width, launch.block_n, k=call.k, v=call.v)
     r_descriptor = describe(r_tiles, [r_tiles.numel()], [1], [launch.block_n], shared_layout(0, 1, 32))
     threads = 32 * (launch.warps + 4)
     programs = multiprocessors(call.q.device) * (REGISTERS // (threads * launch.registers))

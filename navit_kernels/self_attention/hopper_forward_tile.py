@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .._jit import BoundKernel
-from .hopper_steps import PART, parts, ragged
+from .hopper_steps import PART, parts, ragged_parts
 from .hopper_tile_steps import (
     add_columns,
     affine_rows,
@@ -375,7 +375,7 @@ def hopper_forward_tile(
 def bound_tile(
     signature: Any, save_lse: bool, block: int, chunk: int, warps: int, fixed_max: bool, registers: int | None
 ) -> BoundKernel:
-    _, second = parts(max(signature.width, PART.value))
+    _, second = parts(signature.width)
     options = {} if registers is None else dict(maxnreg=registers)
     return BoundKernel(
         hopper_forward_tile, **signature.norm_numbers, **signature.weights, **signature.scores, H=signature.heads,
@@ -389,11 +389,8 @@ def forward_tile(
     fixed_max: bool = True, registers: int | None = None,
 ) -> None:  # fmt: skip
     signature = call.signature
-    first, second = parts(max(signature.width, PART.value))
-    tensors = dict(q=(call.q, 16 * warps), k=(call.k, block), v=(call.v, block))
-    descriptors = {f"{name}_1": ragged(x, n, first) for name, (x, n) in tensors.items()}
-    if second:
-        descriptors |= {f"{name}_2": ragged(x, n, second) for name, (x, n) in tensors.items()}
+    descriptors = ragged_parts(signature.width, 16 * warps, q=call.q)
+    descriptors |= ragged_parts(signature.width, block, k=call.k, v=call.v)
     bound_tile(signature, save_lse, block, chunk, warps, fixed_max, registers)(
         call.grid(index), **descriptors, **call.weight_pointers, **call.work(index), out_ptr=out, lse_ptr=lse
     )

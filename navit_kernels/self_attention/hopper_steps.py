@@ -26,7 +26,7 @@ load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared 
 def parts(width: int) -> tuple[int, int]:
     """Columns of the two parts of a tile; the second's are a power of two, at least 16, or 0."""
     rest = width - PART.value
-    return PART.value, 0 if rest == 0 else max(16, 1 << (rest - 1).bit_length())
+    return PART.value, 0 if rest <= 0 else max(16, 1 << (rest - 1).bit_length())
 
 
 @functools.cache  # built anew it would take half of a descriptor's time
@@ -45,6 +45,15 @@ def ragged(x_THD: Tensor, rows: int, columns: int) -> TensorDescriptor:
     shape = [0x7FFF0000, 0x7FFF0000, x_THD.shape[1], ROWS_END.value, x_THD.shape[2]]
     strides = [2**34 - stride, stride, head, stride, 1]
     return describe(x_THD, shape, strides, [1, 1, 1, rows, columns], shared_layout(columns, 5))
+
+
+def ragged_parts(width: int, rows: int, **tensors: Tensor) -> dict[str, TensorDescriptor | None]:
+    """name_1 and name_2, `ragged` of the column parts of (T, H, D) tensors; name_2 is None where there is but one."""
+    return {
+        f"{name}_{i}": ragged(x, rows, columns) if columns else None
+        for i, columns in enumerate(parts(width), 1)
+        for name, x in tensors.items()
+    }
 
 
 def describe(base: Tensor, shape: list[int], strides: list[int], block: list[int], layout: Any) -> TensorDescriptor:

@@ -263,8 +263,6 @@ def backward(
         shape = (call.items.shape[0] * splits, call.heads, call.width * (1 + call.shift))
         partials = make(shape, dtype=torch.float32, device=q.device)
     grads = dict(partials_ptr=partials, WEIGHT_GRADS=weight_grads, SPLITS=splits, softmax_scale=call.softmax_scale)
-    eps = dict(q_eps=norms.q_eps, k_eps=norms.k_eps)
-    kinds = dict(Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold)
     score = dict(score_scale=call.score_scale, PRECISION=call.precision)
     inputs = call.rows(q=q, k=k, v=v, dout=dout)
     row_pairs = None
@@ -290,7 +288,7 @@ def backward(
         base = dict(**call.shape, **call.work(index), **compile_options(launch))
         if launch.kernel in ("tile", "resident"):
             common = dict(
-                **base, **inputs, **call.outputs(dq=dq, dk=dk, dv=dv), **call.weights(), **grads, **eps, **kinds,
+                **base, **inputs, **call.outputs(dq=dq, dk=dk, dv=dv), **call.weights(), **grads, **call.norm_numbers,
                 **score, fold_scale=call.fold_scale, key_factor=call.key_factor,
             )  # fmt: skip
             if launch.kernel == "tile":
@@ -325,7 +323,7 @@ def backward(
         block, warps = PREPARE[call.bits]
         launch_kernel(
             kernel_backward.backward_prepare, call.grid(index, rows // block),
-            **call.shape, **call.work(index), **inputs, **call.outputs(dq=dq), **call.weights(), **eps, **kinds,
+            **call.shape, **call.work(index), **inputs, **call.outputs(dq=dq), **call.weights(), **call.norm_numbers,
             **score, out_ptr=out, lse_ptr=lse, r_ptr=r_or_any, rows_ptr=row_numbers, sizes_ptr=sizes,
             fold_scale=call.fold_scale, CENTRE=norms.k_kind == NORM_CODES["layer_norm"] and not normalize_keys,
             ROWS=rows, BLOCK=block, PADDED=launch.block_m if hopper else 0, num_warps=warps,
@@ -349,7 +347,7 @@ def backward(
         base.update(compile_options(queries))
         launch_kernel(
             kernel_backward.backward_queries, call.grid(index, rows // queries.block_m),
-            **base, **inputs, **call.outputs(dq=dq), **call.weights(), **grads, **eps, **kinds, **score,
+            **base, **inputs, **call.outputs(dq=dq), **call.weights(), **grads, **call.norm_numbers, **score,
             rows_ptr=row_pairs, r_ptr=r_or_any, ROWS=rows,
             BLOCK_M=queries.block_m, BLOCK_N=queries.block_n, NORMALIZE_KEYS=normalize_keys,
         )  # fmt: skip
