@@ -29,7 +29,7 @@ def compile_case(case: Case) -> Compiled:
     chosen = config.forward
     assert chosen.kernel == "hopper_stream"
     lse = torch.empty(case.heads, q.shape[0], device="meta")
-    fixed_max = config.fixed_max and call.norms.k_kind != 0 and case.dtype != FP16
+    fixed_max = config.fixed_max and call.signature.wide_range
     (compiled,) = compile_launches(
         "sm_90",
         lambda: hopper_forward.forward_stream(

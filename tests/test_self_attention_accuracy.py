@@ -110,6 +110,7 @@ def gpu_cases() -> Iterator[Case]:
         yield from hard(replace(MAIN, dtype=dtype))
     for width in (72, 128):
         yield from hard(replace(MAIN, width=width))
+        yield from hard(replace(MAIN, width=width, q_kind=None, k_kind=None))
     for kinds in ({"q_kind": "rms_norm", "k_kind": "l2"}, {"q_kind": None, "k_kind": None}):
         yield from (replace(MAIN, **kinds), *hard(replace(MAIN, **kinds)))
     yield from (CROSS, replace(CROSS, planned=False), replace(MAIN, q_kind=None), replace(MAIN, k_kind=None))

@@ -95,16 +95,25 @@ def test_gpu_results_repeat_bitwise(case: Case) -> None:
         assert_same_bits(case.results(tensors), first)
 
 
+def full_cases() -> Iterator[Case]:
+    """Without norms, some tiles take the running maximum and some do not."""
+    for mix in ("U64", "U128", "pt", "ft", "hr"):
+        lengths = tuple(image_lengths(mix, 65536))
+        for heads, width in ((16, 64), (16, 72), (8, 128)):
+            case = replace(MAIN, lengths=lengths, heads=heads, width=width)
+            yield case
+            if mix == "ft":
+                yield replace(case, q_kind=None, k_kind=None, spread=20.0)
+
+
 @alone_on_the_gpu
-@pytest.mark.parametrize("mix", ["U64", "U128", "pt", "ft", "hr"])
-@pytest.mark.parametrize(("heads", "width"), [(16, 64), (16, 72), (8, 128)])
+@pytest.mark.parametrize("case", list(full_cases()), ids=str)
 def test_gpu_packs_that_fill_the_gpu_repeat_bitwise_and_are_like_the_portable_kernels(
-    monkeypatch: pytest.MonkeyPatch, mix: str, heads: int, width: int
+    monkeypatch: pytest.MonkeyPatch, case: Case
 ) -> None:
     """Programs side by side on every multiprocessor, one after another; the packs of other tests fill none."""
     from navit_kernels.self_attention import launch
 
-    case = replace(MAIN, lengths=tuple(image_lengths(mix, 65536)), heads=heads, width=width)
     tensors = case.inputs("cuda", drawn_on="cuda")
     with monkeypatch.context() as patch:
         patch.setattr(launch, "gluon_is_supported", lambda: False)
@@ -120,7 +129,14 @@ def test_gpu_packs_that_fill_the_gpu_repeat_bitwise_and_are_like_the_portable_ke
 
 
 @pytest.mark.parametrize(
-    ("case", "packs"), [(MAIN, 200), (replace(MAIN, width=72, dtype=FP16), 30), (replace(MAIN, width=128), 30)], ids=str
+    ("case", "packs"),
+    [
+        (MAIN, 200),
+        (replace(MAIN, width=72, dtype=FP16), 30),
+        (replace(MAIN, width=128), 30),
+        (replace(MAIN, q_kind=None, k_kind=None, spread=30.0), 30),
+    ],
+    ids=str,
 )
 def test_gpu_an_image_has_the_same_bits_alone_and_in_any_pack(case: Case, packs: int) -> None:
     lengths = (1, 2, 7, 16, 20, 31, 32, 33, 50, 64, 65, 90, 127, 128, 129, 180, 255, 256, 257, 300, 400, 600)
@@ -156,8 +172,9 @@ def test_gpu_hopper_runs_its_own_kernels(width: int, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("width", [64, 72, 128])
 @pytest.mark.parametrize("planned", [True, False])
-def test_gpu_a_tile_chooses_its_own_maximum(width: int, planned: bool) -> None:
-    case = replace(MAIN, lengths=(300, 700, 257), width=width, q_kind=None, planned=planned)
+@pytest.mark.parametrize("k_kind", ["layer_norm", None])
+def test_gpu_a_tile_chooses_its_own_maximum(width: int, planned: bool, k_kind: str | None) -> None:
+    case = replace(MAIN, lengths=(300, 700, 257), heads=16, width=width, q_kind=None, k_kind=k_kind, planned=planned)
     assert_a_tile_chooses_its_own_maximum(case, "cuda")
 
 
@@ -169,6 +186,7 @@ def test_gpu_a_tile_chooses_its_own_maximum(width: int, planned: bool) -> None:
         replace(MAIN, width=72, dtype=FP16),
         replace(MAIN, width=128),
         replace(MAIN, dtype=FP32),
+        replace(MAIN, q_kind=None, k_kind=None),
         CROSS,
     ],
     ids=str,

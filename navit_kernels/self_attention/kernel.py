@@ -21,7 +21,8 @@ Backward, with Δ_i = rowsum(dO ⊙ O) = rowsum(P ⊙ dP):
 With neither norm nor weights u is q itself, so that it is not rounded again, and S takes the factor instead.
 
 A fixed maximum (Cauchy-Schwarz: S_ij ≤ √D·‖u_i‖ =: m_i, as ‖k̂‖ ≤ √D) saves the running one and its rescaling. A tile
-takes it when every m_i ≤ FIXED_MAX_LIMIT, so that no P falls under 2^(−2·FIXED_MAX_LIMIT).
+takes it when every m_i ≤ FIXED_MAX_LIMIT, so that no P falls under 2^(−2·FIXED_MAX_LIMIT). Without a norm of k there is
+no such bound: hopper_forward.py says what its kernel does then; the others keep a running maximum.
 
 After FlashAttention-2 (Dao 2023, arXiv 2307.08691); QK norm as in ViT-22B (Dehghani et al. 2023, arXiv 2302.05442).
 T tokens, H heads, D head width.

@@ -207,7 +207,7 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor | None, Tens
                 r = q.new_empty((signature.heads, tokens_k, 2), dtype=torch.float32)
             key_sizes(call, index, r, r_tiles)
         if r_tiles is not None:
-            fixed_max = config.fixed_max and signature.bounds_scores
+            fixed_max = config.fixed_max and signature.wide_range
             hopper_forward.forward_stream(call, index, launch, out, lse_or_any, r_tiles, save_lse, fixed_max)
             continue
         bound_forward(signature, index, gluon, save_lse)(

@@ -50,7 +50,8 @@ class Signature:
         self.norm_numbers = dict(q_eps=q_eps, k_eps=k_eps, Q_NORM=q_kind, K_NORM=k_kind, FOLD=self.fold)
         self.scores = dict(fold_scale=self.fold_scale, score_scale=self.score_scale)
         self.score_gradients = dict(softmax_scale=softmax_scale, key_factor=self.key_factor)
-        self.bounds_scores = k_kind != 0 and dtype != torch.float16  # so that a fixed maximum may serve
+        self.wide_range = dtype != torch.float16  # so that P may stand under a fixed maximum
+        self.bounds_scores = k_kind != 0 and self.wide_range  # so that there is one ahead of all scores
         # by class, without and with Hopper's own kernels; and the classes that have some
         portable, own = ([self.config(c, gluon) for c in range(CLASSES)] for gluon in (False, True))
         self.forward_configs = (portable, own)
