@@ -6,6 +6,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
+from .hopper_forward_steps import block_boundary
 from .hopper_steps import PART, load_tile
 from .hopper_stream_steps import (
     BLOCK,
@@ -167,10 +168,10 @@ def keys_owner(
                         delta = delta_tiles.index(s).load(of_col)
                         # p_32 is a dep of the wait, and a wait for what has long come stands before it: the compiler
                         # moves the softmax over neither
-                        mbarrier.wait(full.index(s), phase)
+                        block_boundary()
                         dp_now, p_32 = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p_32])
                         g_new = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
-                        mbarrier.wait(full.index(s), phase)
+                        block_boundary()
                         dv, a, g_new = finish(dv_now, a_now, g_new)
                         mbarrier.arrive(empty.index(s_old), count=1)
                         p = p_new
@@ -194,7 +195,7 @@ def keys_owner(
                         p = operand(gl.exp2(s_now * scale[:, None] - lse[None, :]), DTYPE, left)
                         dv_now = start_adding(p, dout, dv)
                         delta = delta_tiles.index(s).load(of_col)
-                        mbarrier.wait(full.index(s), phase)
+                        block_boundary()
                         dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
                         p_32 = widen(gl.convert_layout(p, mma_1))
                         g = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)

@@ -6,6 +6,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
+from .hopper_forward_steps import block_boundary
 from .hopper_steps import PART, load_tile
 from .hopper_stream_steps import (
     BLOCK,
@@ -105,10 +106,10 @@ def queries_step(
     p = weights_of(s_now, r, lse, K_NORM)
     # p is a dep of the wait, and a wait for what has long come stands before it: the compiler moves the softmax over
     # neither
-    mbarrier.wait(full.index(s_next), phase)
+    block_boundary()
     dp_now, p = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p])
     g_new = operand(score_gradient(p, dp_now, delta, r, K_NORM), g.dtype, left)
-    mbarrier.wait(full.index(s_next), phase)
+    block_boundary()
     s_new, du, g_new = finish(s_new, du_now, g_new)
     mbarrier.arrive(empty.index(s_old), count=1)
     return scaled(s_new, score_scale, FOLD), g_new, du
