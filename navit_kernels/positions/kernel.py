@@ -194,17 +194,19 @@ PROGRAMS = 528  # of the norm's sums over tokens, the same on every GPU: so are 
 TABLE_PROGRAMS = 264  # of the tables' sums
 
 
-def choose_config(width: int, backward: bool = False) -> dict[str, int]:
+def choose_config(width: int, backward: bool = False, lerp: bool = False) -> dict[str, int]:
     """Launch choice by model width.
 
     H100, bfloat16, with a norm, µs at widths 768 and 1152: forward, a row to two warps, 87 and 126 (four warps: 103 and
-    154); backward, four rows at a time, 121 and 224 (half the warps: 120 and 206, which spills with Triton 3.9).
+    154); between table rows, a row to a warp, 88 and 130 (two warps: 111 and 174; two rows to them: 112 and 168);
+    backward, four rows at a time, 121 and 224 (half the warps: 120 and 206, which spills with Triton 3.9).
     """
     block = max(triton.next_power_of_2(width), 16)
     if backward:
         rows = max(1, min(4, 8192 // block))
         return {"E": width, "BLOCK_E": block, "ROWS": rows, "num_warps": min(max(block // 256, 2), 16)}
-    return {"E": width, "BLOCK_E": block, "ROWS": 1, "num_warps": min(max(block // 1024, 2), 16)}
+    warps = max(block // 2048, 1) if lerp else max(block // 1024, 2)
+    return {"E": width, "BLOCK_E": block, "ROWS": 1, "num_warps": min(warps, 16)}
 
 
 def choose_table_config(exact: bool, length: int) -> dict[str, int]:
@@ -234,13 +236,14 @@ def add_positions(
     tokens, width = x_TE.shape
     y_TE = x_TE.new_empty(tokens, width, dtype=dtype)
     if tokens:
-        config = choose_config(width)
+        lerp = coords_T2.is_floating_point()
+        config = choose_config(width, lerp=lerp)
         launch_kernel(
             forward_kernel, (triton.cdiv(tokens, config["ROWS"]),),
             x_TE.contiguous(), coords_T2.contiguous(), row_table_LE.contiguous(), column_table_LE.contiguous(),
             weight_E, bias_E, y_TE, tokens, row_table_LE.shape[0], column_table_LE.shape[0], eps,
             ROW_WIDTH=row_table_LE.shape[1], COLUMN_WIDTH=column_table_LE.shape[1],
-            PRODUCT=combine == "product", LERP=coords_T2.is_floating_point(), **config,
+            PRODUCT=combine == "product", LERP=lerp, **config,
         )  # fmt: skip
     return y_TE
 

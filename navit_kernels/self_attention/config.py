@@ -229,11 +229,11 @@ HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 356; portable 624"),
     (2, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=256, measured="U128 437; portable 899"),
     (0, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=128, measured="ft 650, U4096 3189; portable 913, 4203"),
-    (1, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192, measured="ft 1028, U4096 4569; portable 1397, 6000"),
-    (2, 4): Launch("hopper_stream", 64, 64, 4, 3, spills=64, measured="ft 681, U4096 3455; portable 977, 4414"),
+    (1, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192, measured="ft 1028, U4096 4480; portable 1397, 6000"),
+    (2, 4): Launch("hopper_stream", 64, 64, 4, 3, spills=64, measured="ft 681, U4096 3400; portable 977, 4414"),
 }
 HOPPER_QUERIES = {  # of the streams above
-    (0, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=336, measured="ft 646, U4096 2894; portable 751, 3131"),
-    (1, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=336, measured="ft 836, U4096 4002; portable 1329, 5111"),
-    (2, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192, measured="ft 587, U4096 2489; portable 879, 3330"),
+    (0, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=208, measured="ft 646, U4096 2894; portable 751, 3131"),
+    (1, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=416, measured="ft 818, U4096 3890; portable 1329, 5111"),
+    (2, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192, measured="ft 615, U4096 2489; portable 879, 3330"),
 }

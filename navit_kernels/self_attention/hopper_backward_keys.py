@@ -6,7 +6,6 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from .hopper_forward_steps import block_boundary
 from .hopper_steps import PART, load_tile
 from .hopper_stream_steps import (
     BLOCK,
@@ -21,6 +20,7 @@ from .hopper_stream_steps import (
 )
 from .hopper_tile_steps import (
     affine_rows,
+    block_boundary,
     column_parts,
     from_operands,
     load_block,
@@ -166,9 +166,7 @@ def keys_owner(
                         p_32 = gl.exp2(s_now * scale[:, None] - lse[None, :])
                         p_new = operand(p_32, DTYPE, left)
                         delta = delta_tiles.index(s).load(of_col)
-                        # p_32 is a dep of the wait, and a wait for what has long come stands before it: the compiler
-                        # moves the softmax over neither
-                        block_boundary()
+                        block_boundary()  # and p_32 as a dep of the wait: the compiler moves the softmax over neither
                         dp_now, p_32 = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p_32])
                         g_new = operand(p_32 * (dp_now - delta[None, :]), DTYPE, left)
                         block_boundary()

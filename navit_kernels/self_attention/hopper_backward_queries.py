@@ -6,7 +6,6 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from .hopper_forward_steps import block_boundary
 from .hopper_steps import PART, load_tile
 from .hopper_stream_steps import (
     BLOCK,
@@ -20,6 +19,7 @@ from .hopper_stream_steps import (
 )
 from .hopper_tile_steps import (
     affine_rows,
+    block_boundary,
     column_parts,
     load_block,
     load_vector,
@@ -104,9 +104,7 @@ def queries_step(
     du_now = start_adding(g, matrix(k_tiles, s_old, BLOCK, D2), du)
     r = column_sizes(size_tiles, s, gl.SliceLayout(0, zero.type.layout), K_NORM)
     p = weights_of(s_now, r, lse, K_NORM)
-    # p is a dep of the wait, and a wait for what has long come stands before it: the compiler moves the softmax over
-    # neither
-    block_boundary()
+    block_boundary()  # and p as a dep of the wait: the compiler moves the softmax over neither
     dp_now, p = warpgroup_mma_wait(2 * PARTS, deps=[dp_now, p])
     g_new = operand(score_gradient(p, dp_now, delta, r, K_NORM), g.dtype, left)
     block_boundary()
@@ -222,7 +220,7 @@ def queries_owner(
                 s_now = gl.where(((blocks - 1) * BLOCK + cols < k_length)[None, :], s_now, -float("inf"))
                 r = column_sizes(size_tiles, s, of_col, K_NORM)
                 p = weights_of(s_now, r, lse, K_NORM)
-                mbarrier.wait(full.index(s), (step // STAGES) & 1)
+                block_boundary()
                 dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
                 g = operand(score_gradient(p, dp_now, delta, r, K_NORM), DTYPE, left)
                 s_now = scaled(warpgroup_mma_wait(0, deps=[s_new]), score_scale, FOLD)
@@ -244,15 +242,14 @@ def queries_owner(
                 # the last block
                 s = (step - 1) % STAGES
                 s_next = step % STAGES
-                phase = (step // STAGES) & 1
                 dp_now = start_scores(dout, matrix(v_tiles, s_next, BLOCK, D2), zero)
                 du_now = start_adding(g, matrix(k_tiles, s, BLOCK, D2), du)
                 r = column_sizes(size_tiles, s_next, of_col, K_NORM)
                 p = weights_of(s_now, r, lse, K_NORM)
-                mbarrier.wait(full.index(s_next), phase)
+                block_boundary()
                 dp_now, p = warpgroup_mma_wait(PARTS, deps=[dp_now, p])
                 g_new = operand(score_gradient(p, dp_now, delta, r, K_NORM), DTYPE, left)
-                mbarrier.wait(full.index(s_next), phase)
+                block_boundary()
                 p, du, g = finish(p, du_now, g_new)
                 mbarrier.arrive(empty.index(s), count=1)
                 du = wait_for(start_adding(g, matrix(k_tiles, s_next, BLOCK, D2), du), 0)

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from .hopper_steps import PART
 from .hopper_tile_steps import (
+    block_boundary,
     matrix,
     row_dot,
     row_sum,
@@ -131,15 +132,6 @@ def opaque_zero():
     """0, which the compiler does not know and does not compute ahead of its place."""
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1
-    )  # fmt: skip
-
-
-@gluon.jit
-def block_boundary():
-    """A branch that is never taken: the compiler moves no wait over it."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; mov.b32 $0, $1; LOOP: activemask.b32 $0; setp.eq.u32 p, $0, 0; @p bra LOOP; }",
-        "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 

@@ -104,6 +104,15 @@ def from_operands(x, layouts):
 
 
 @gluon.jit
+def block_boundary():
+    """A branch that is never taken: the compiler moves no wait over it."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; mov.b32 $0, $1; LOOP: activemask.b32 $0; setp.eq.u32 p, $0, 0; @p bra LOOP; }",
+        "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def start_dot_rows(x, y, zero, START: gl.constexpr, ROWS: gl.constexpr):
     """x[START : START + ROWS] · yᵀ."""
     product = warpgroup_mma(x[0].slice(START, ROWS), y[0].permute([1, 0]), zero, use_acc=False, is_async=True)
