@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from block_by_ops import by_ops
 from torch import Tensor, nn
 
 from navit import PackedImages
+from navit.integrations import vit_pytorch as integration
 from navit.integrations.vit_pytorch import accelerate, load
 from navit_kernels.testing import assert_error_within, relative_errors
 
@@ -108,6 +110,23 @@ def test_outputs_and_gradients_are_theirs_for_any_sizes(theirs, kind, seed):
     elif kind == "na_vit" and seed % 3 == 2:
         options = {"group_images": True, "group_max_seq_len": rows * columns}
     expected, actual = model(given, **options), fast(given, **options)
+    assert_equal_to(1e-5, actual, expected, "output")
+    ours = gradients(fast, actual)
+    for name, gradient in gradients(model, expected).items():
+        assert_equal_to(1e-5, ours[name], gradient, name)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_rmsnorm": False}], ids=["normed", "plain"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_blocks_that_a_gpu_takes_hold_their_parameters(theirs, kind, changes, monkeypatch):
+    if changes and kind == "na_vit":
+        pytest.skip("it always has norms")
+    model, images = make(theirs, kind, **changes), make_images(SIZES)
+    expected = model(images)
+    monkeypatch.setattr(integration, "takes", lambda *_: True)
+    monkeypatch.setattr(integration, "block", by_ops)
+    fast = accelerate(model)
+    actual = fast(images)
     assert_equal_to(1e-5, actual, expected, "output")
     ours = gradients(fast, actual)
     for name, gradient in gradients(model, expected).items():
