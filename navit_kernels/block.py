@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from ._autocast import autocast_dtype
+from ._block_by_ops import by_ops
 from ._direct import skips_dispatcher
 from .head_norm import NORM_CODES
 from .mlp import op as mlp_op
@@ -91,35 +92,27 @@ class Work(NamedTuple):
     keep_2: Tensor | None
 
 
-def takes(x_TE: Tensor, normed_TE: Tensor, parameters: Parameters, heads: int) -> bool:
-    """Whether `block` runs these: on a GPU, of dtypes and a head width that its kernels have, normed in autocast's."""
-    matrices = parameters[:4]
-    return (
-        x_TE.device.type != "cpu"
-        and all(x.dtype in norm_op.DTYPES for x in (x_TE, normed_TE))
-        and autocast_dtype(x_TE.device) in (None, normed_TE.dtype)
-        and all(matrix.dtype == matrices[0].dtype for matrix in matrices)
-        and parameters.out.shape[1] // heads in SUPPORTED_HEAD_DIMS
-    )
-
-
 def block(
     x_TE: Tensor,
     normed_TE: Tensor,
     parameters: Parameters,
     options: Options,
-    plan: PackPlan,
+    cu_seqlens: Tensor,
+    plan: PackPlan | None,
     keep_1_S: Tensor | None = None,
     keep_2_S: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """From the residual stream and its norm to the stream and the norm that follows, for what `takes` accepts.
+    """From the residual stream and its norm to the stream and the norm that follows.
 
-    x_TE, normed_TE: (T, E); normed has the dtype that matrices are multiplied in. plan: of the T tokens, made by
-    `plan_pack`. keep_1_S, keep_2_S: add_norm's keep_scale_S of either branch.
+    x_TE, normed_TE: (T, E); normed has the dtype that matrices are multiplied in, autocast's if that is on.
+    cu_seqlens, plan: as varlen_attention takes them. keep_1_S, keep_2_S: add_norm's keep_scale_S of either branch.
 
-    Promises what its ops promise. Arguments are trusted to fit one another.
+    Promises what its ops promise. Arguments are trusted to fit one another. The ops run one by one on CPU tensors,
+    without a plan, and for dtypes and head widths that the kernels do not have, where they say so.
     """
-    work = Work(plan.items, plan.offsets, plan.host_offsets, plan.cu_seqlens, keep_1_S, keep_2_S)
+    if plan is None or not _takes(x_TE, normed_TE, parameters, options.heads):
+        return by_ops(x_TE, normed_TE, parameters, options, cu_seqlens, plan, keep_1_S, keep_2_S)
+    work = Work(plan.items, plan.offsets, plan.host_offsets, cu_seqlens, keep_1_S, keep_2_S)
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (x_TE, normed_TE, *parameters))
     if not skips_dispatcher(x_TE):
         x_TE, normed_TE, *_ = torch.ops.navit_kernels.block(x_TE, normed_TE, *work, *parameters, *options, trained)
@@ -129,6 +122,19 @@ def block(
         apply = super(torch.autograd.Function, _Block).apply
         x_TE, normed_TE = apply(options, x_TE, normed_TE, *work, *parameters)
     return x_TE, normed_TE
+
+
+def _takes(x_TE: Tensor, normed_TE: Tensor, parameters: Parameters, heads: int) -> bool:
+    """Whether there are kernels for these: on a GPU, of dtypes and a head width that they have."""
+    matrices = parameters[:4]
+    return (
+        x_TE.device.type != "cpu"
+        and x_TE.dtype in norm_op.DTYPES
+        and normed_TE.dtype in norm_op.DTYPES
+        and autocast_dtype(x_TE.device) in (None, normed_TE.dtype)
+        and all(matrix.dtype == matrices[0].dtype for matrix in matrices)
+        and parameters.out.shape[1] // heads in SUPPORTED_HEAD_DIMS
+    )
 
 
 # Forward and backward
@@ -155,7 +161,7 @@ def _kernels() -> Ops:
 
     return Ops(
         attention_op._forward, attention_op._backward_kernels, norm.add_norm, norm.add_norm_backward, mlp.feed_forward,
-        mlp.feed_forward_backward, mlp._weight_gradient, column_sums,
+        mlp.feed_forward_backward, mlp.weight_gradient, column_sums,
     )  # fmt: skip
 
 
@@ -179,12 +185,12 @@ class Saved(NamedTuple):
     qkv: Tensor
     out: Tensor
     lse: Tensor
-    r: Tensor
+    r: Tensor | None
     branch_1: Tensor | None
     x_mid: Tensor
     stats_1: Tensor
     normed_mid: Tensor
-    hidden: Tensor
+    hidden: Tensor | None
     branch_2: Tensor | None
     stats_2: Tensor
     qkv_weight: Tensor | None
@@ -285,9 +291,9 @@ def _backward(
         p.following_bias is not None, dtype if scaled[1] else None,
     )  # fmt: skip
     d_mlp = d_mlp if scaled[1] else d_x
-    d_normed, d_up, d_down, d_up_bias, _ = ops.feed_forward_backward(
+    d_normed, d_up, d_down, d_up_bias = ops.feed_forward_backward(
         d_mlp, s.normed_mid, s.hidden, up_weight, down_weight, up_bias, o.activation,
-        p.qkv.dtype if weight_grads else None, False,
+        p.qkv.dtype if weight_grads else None,
     )  # fmt: skip
     d_x, d_branch, d_norm = ops.add_norm_backward(
         d_x, d_normed, s.x_mid, s.stats_1, s.branch_1, p.norm_weight, p.scale_1, o.norm_centred,
@@ -377,9 +383,24 @@ class _Block(torch.autograd.Function):
 
 # Registration: the same on flat lists of arguments, and with an empty tensor for each None among the results
 
+
+def _feed_forward(*inputs: Any) -> tuple[Tensor, Tensor | None]:
+    out_TE, hidden_TU, *_ = mlp_op._feed_forward(*inputs)
+    return out_TE, hidden_TU if inputs[-1] else None
+
+
+def _feed_forward_backward(d_mlp: Tensor, x: Tensor, hidden: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
+    hidden = x.new_empty(0, 0) if hidden is None else hidden
+    d_x, d_up, d_down, d_up_bias, _ = mlp_op._feed_forward_backward(d_mlp, x, hidden, *rest, False)
+    _, _, up_bias, _, weight_dtype = rest
+    if weight_dtype is None:
+        return d_x, None, None, None
+    return d_x, d_up, d_down, None if up_bias is None else d_up_bias
+
+
 _REGISTERED = Ops(
     torch.ops.navit_kernels.varlen_attention.default, torch.ops.navit_kernels.varlen_attention_backward.default,
-    norm_op._add_norm, norm_op._add_norm_backward, mlp_op._feed_forward, mlp_op._feed_forward_backward,
+    norm_op._add_norm, norm_op._add_norm_backward, _feed_forward, _feed_forward_backward,
     lambda d_y, x, dtype: (d_y.T @ x).to(dtype), lambda d_y: d_y.sum(0, dtype=torch.float32),
 )  # fmt: skip
 _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool", str: "str"}
@@ -415,8 +436,7 @@ def _registered_forward(ops: Callable[[], Ops], x_TE: Tensor, normed_TE: Tensor,
 def _registered_backward(
     ops: Callable[[], Ops], d_x: Tensor | None, d_normed: Tensor, x_new: Tensor, normed_TE: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    cast = [x if x is not None and x.shape[0] else None for x in rest[SAVED - 5 : SAVED]]
-    saved = Saved(*rest[: SAVED - 5], *cast)
+    saved = Saved(*(None if x is None or x.shape == (0,) else x for x in rest[:SAVED]))
     gradients = _backward(ops(), d_x, d_normed, x_new, normed_TE, saved, *_split(rest[SAVED:]))
     return tuple(d_normed.new_empty(0) if x is None else x for x in gradients)
 

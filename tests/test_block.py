@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from block_by_ops import by_ops
 from torch import Tensor
 
 from navit_kernels import (
@@ -16,7 +15,8 @@ from navit_kernels import (
     plan_pack,
 )
 from navit_kernels import block as module
-from navit_kernels.block import Options, Parameters, block, takes
+from navit_kernels._block_by_ops import by_ops
+from navit_kernels.block import Options, Parameters, _takes, block
 from navit_kernels.head_norm import NORM_CODES
 from navit_kernels.testing import assert_error_within
 
@@ -90,11 +90,11 @@ class Case:
 
 
 def as_node(
-    x_TE: Tensor, normed_TE: Tensor, p: Parameters, o: Options, plan: PackPlan, keep_1: Tensor | None = None,
-    keep_2: Tensor | None = None,
+    x_TE: Tensor, normed_TE: Tensor, p: Parameters, o: Options, cu_seqlens: Tensor, plan: PackPlan,
+    keep_1: Tensor | None = None, keep_2: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What `block` does on a GPU; on CPU tensors, with Triton interpreting."""
-    work = (plan.items, plan.offsets, plan.host_offsets, plan.cu_seqlens, keep_1, keep_2)
+    work = (plan.items, plan.offsets, plan.host_offsets, cu_seqlens, keep_1, keep_2)
     return module._Block.apply(o, x_TE, normed_TE, *work, *p)
 
 
@@ -108,7 +108,8 @@ def results(case: Case, run: Any, device: str = "cpu", dtype: torch.dtype | None
     x_TE, normed_TE = leaf(x_TE), leaf(normed_TE)
     parameters = Parameters(*(None if part is None else leaf(part) for part in parameters))  # type: ignore[arg-type]
     leaves = {"x": x_TE, "normed": normed_TE, **{n: p for n, p in parameters._asdict().items() if p is not None}}
-    outputs = run(x_TE, normed_TE, parameters, options, plan_pack(LENGTHS, device), *keep)
+    plan = plan_pack(LENGTHS, device)
+    outputs = run(x_TE, normed_TE, parameters, options, plan.cu_seqlens, plan, *keep)
     random = torch.Generator().manual_seed(1)
     kinds = (case.x_dtype, case.dtype)
     cotangents = [torch.randn(x.shape, generator=random).to(t).to(x) for x, t in zip(outputs, kinds, strict=True)]
@@ -149,7 +150,7 @@ def test_frozen_parameters_get_no_gradients_and_inputs_theirs() -> None:
     grads = []
     for run in (as_node, by_ops):
         x_TE, normed_TE = x_TE.detach().requires_grad_(), normed_TE.detach().requires_grad_()
-        x_out, normed_out = run(x_TE, normed_TE, parameters, *rest, plan, *keep)
+        x_out, normed_out = run(x_TE, normed_TE, parameters, *rest, plan.cu_seqlens, plan, *keep)
         grads.append(torch.autograd.grad(x_out.sum() + normed_out.square().sum(), (x_TE, normed_TE)))
     for actual, expected in zip(*grads, strict=True):
         torch.testing.assert_close(actual, expected)
@@ -162,8 +163,9 @@ def test_either_result_alone_has_its_gradient(used: int) -> None:
     x_TE, normed_TE, parameters, *rest, keep = case.inputs(LENGTHS)
     trained = [parameters.qkv_2, parameters.up, parameters.k_weight, parameters.following_weight]
     trained = [part.requires_grad_() for part in trained if part is not None]
+    plan = plan_pack(LENGTHS)
     grads = [
-        torch.autograd.grad(run(x_TE, normed_TE, parameters, *rest, plan_pack(LENGTHS), *keep)[used].square().sum(),
+        torch.autograd.grad(run(x_TE, normed_TE, parameters, *rest, plan.cu_seqlens, plan, *keep)[used].square().sum(),
                             trained, allow_unused=True, materialize_grads=True)
         for run in (as_node, by_ops)
     ]  # fmt: skip
@@ -204,18 +206,24 @@ def test_what_the_kernels_do_not_have_is_not_taken() -> None:
     ):  # fmt: skip
         case = Case(**changes)
         x_TE, normed_TE, parameters, options, _ = case.inputs(LENGTHS, device)
-        assert takes(x_TE, normed_TE, parameters, options.heads) == taken, (device, changes)
+        assert _takes(x_TE, normed_TE, parameters, options.heads) == taken, (device, changes)
     mixed = parameters._replace(up=parameters.up.to(torch.bfloat16))
-    assert not takes(normed_TE.float(), normed_TE.float(), mixed, options.heads)
+    assert not _takes(normed_TE.float(), normed_TE.float(), mixed, options.heads)
 
 
 # On a GPU
 
 
 def by_registered_op(
-    x_TE: Tensor, normed_TE: Tensor, p: Parameters, o: Options, plan: PackPlan, *keep: Tensor | None
+    x_TE: Tensor,
+    normed_TE: Tensor,
+    p: Parameters,
+    o: Options,
+    cu_seqlens: Tensor,
+    plan: PackPlan,
+    *keep: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    work = (plan.items, plan.offsets, plan.host_offsets, plan.cu_seqlens, *keep)
+    work = (plan.items, plan.offsets, plan.host_offsets, cu_seqlens, *keep)
     return torch.ops.navit_kernels.block(x_TE, normed_TE, *work, *p, *o, True)[:2]
 
 
@@ -248,6 +256,6 @@ def test_gpu_opcheck() -> None:
 def test_gpu_inference_and_training_give_the_same_bits() -> None:
     x_TE, normed_TE, parameters, options, keep = GPU_CASES[1].inputs(LENGTHS, "cuda")
     plan = plan_pack(LENGTHS, "cuda")
-    without = block(x_TE, normed_TE, parameters, options, plan, *keep)
-    with_gradients = block(x_TE.requires_grad_(), normed_TE, parameters, options, plan, *keep)
+    without = block(x_TE, normed_TE, parameters, options, plan.cu_seqlens, plan, *keep)
+    with_gradients = block(x_TE.requires_grad_(), normed_TE, parameters, options, plan.cu_seqlens, plan, *keep)
     assert all(torch.equal(*pair) for pair in zip(without, with_gradients, strict=True))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from navit import NaViT, NaViTConfig, PackedImages, pack
-from navit.model import CONFIG, MLP, WEIGHTS
+from navit.model import CONFIG, MLP, WEIGHTS, Block
 from navit_kernels import plan_pack
 
 SMALL = NaViTConfig(width=32, depth=2, heads=2, mlp_width=48, patch_size=4, num_classes=5, table_length=12)
@@ -280,9 +280,10 @@ def test_flops_count_the_matrix_products_and_attention():
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(count)
-        if isinstance(module, MLP):  # which multiplies by its layers' weights itself
-            for layer in (module.fc1, module.fc2):
-                module.register_forward_hook(lambda _, *tensors, layer=layer: count(layer, *tensors))
+        if isinstance(module, Block | MLP):  # which multiply by their layers' weights themselves
+            for layer in module.modules():
+                if isinstance(layer, torch.nn.Linear):
+                    module.register_forward_hook(lambda _, *tensors, layer=layer: count(layer, *tensors))
     model(make_images(grids=[(rows, columns)]))
     attention = 4 * config.depth * config.width * (rows * columns + 2) ** 2
     assert config.flops_per_image(rows, columns, training=False) == seen + attention

@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-from block_by_ops import by_ops
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -198,10 +197,9 @@ def test_same_output_and_gradients_as_timm(naflexvit: Any, changes: dict[str, An
 
 
 @pytest.mark.parametrize("name", COMPARED)
-def test_the_blocks_that_a_gpu_takes_hold_timms_parameters(naflexvit: Any, name: str, monkeypatch: Any) -> None:
-    taken = []
-    monkeypatch.setattr(integration, "takes", lambda *_: True)
-    monkeypatch.setattr(integration, "one_op", lambda *inputs: taken.append(inputs) or by_ops(*inputs))
+def test_whole_blocks_hold_timms_parameters(naflexvit: Any, name: str, monkeypatch: Any) -> None:
+    taken, one_op = [], integration.one_op
+    monkeypatch.setattr(integration, "one_op", lambda *inputs: taken.append(inputs) or one_op(*inputs))
     changes = COMPARED[name]
     model, fast = pair(naflexvit, **changes)
     assert_same(model, fast, batch(values=changes.get("in_chans", 3) * PATCH**2))
@@ -210,7 +208,6 @@ def test_the_blocks_that_a_gpu_takes_hold_timms_parameters(naflexvit: Any, name:
 
 
 def test_linear_layers_that_are_watched_or_replaced_are_called(naflexvit: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(integration, "takes", lambda *_: True)
     monkeypatch.setattr(integration, "one_op", lambda *_: pytest.fail("their blocks run op by op"))
     model, fast = pair(naflexvit, proj_drop_rate=0.0)
     seen = []

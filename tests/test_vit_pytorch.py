@@ -15,11 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from block_by_ops import by_ops
 from torch import Tensor, nn
 
 from navit import PackedImages
-from navit.integrations import vit_pytorch as integration
 from navit.integrations.vit_pytorch import accelerate, load
 from navit_kernels.testing import assert_error_within, relative_errors
 
@@ -118,13 +116,11 @@ def test_outputs_and_gradients_are_theirs_for_any_sizes(theirs, kind, seed):
 
 @pytest.mark.parametrize("changes", [{}, {"qk_rmsnorm": False}], ids=["normed", "plain"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_blocks_that_a_gpu_takes_hold_their_parameters(theirs, kind, changes, monkeypatch):
+def test_blocks_with_and_without_norms_of_q_and_k(theirs, kind, changes):
     if changes and kind == "na_vit":
         pytest.skip("it always has norms")
     model, images = make(theirs, kind, **changes), make_images(SIZES)
     expected = model(images)
-    monkeypatch.setattr(integration, "takes", lambda *_: True)
-    monkeypatch.setattr(integration, "block", by_ops)
     fast = accelerate(model)
     actual = fast(images)
     assert_equal_to(1e-5, actual, expected, "output")

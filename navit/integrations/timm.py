@@ -30,7 +30,7 @@ from navit_kernels import (
 )
 from navit_kernels._autocast import autocast_dtype
 from navit_kernels._checks import fail
-from navit_kernels.block import Options, Parameters, takes
+from navit_kernels.block import Options, Parameters
 from navit_kernels.block import block as one_op
 from navit_kernels.head_norm import NORM_CODES
 
@@ -261,10 +261,10 @@ def _block(block: Any, x_TE: Tensor, normed_TE: Tensor, following: nn.Module, pl
     """A timm Block: from the stream and its norm to the stream and the norm that follows."""
     attn, cu_seqlens = block.attn, plan.cu_seqlens
     whole = _as_one_op(block, following)
-    if whole is not None and takes(x_TE, normed_TE, whole[0], attn.num_heads):
+    if whole is not None:
         images = cu_seqlens.shape[0] - 1
         keep = [_keep_scale(path, images, x_TE.device) for path in (block.drop_path1, block.drop_path2)]
-        return one_op(x_TE, normed_TE, *whole, plan, *keep)
+        return one_op(x_TE, normed_TE, *whole, cu_seqlens, plan, *keep)
     qkv_T3HD = attn.qkv(normed_TE).unflatten(1, (3, attn.num_heads, attn.head_dim))
     q_norm, k_norm = (
         None if isinstance(norm, nn.Identity) else HeadNorm(*_norm(norm)) for norm in (attn.q_norm, attn.k_norm)

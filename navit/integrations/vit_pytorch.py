@@ -33,13 +33,12 @@ from navit_kernels import (
     add_norm,
     add_positions,
     attention_pool,
-    feed_forward,
     patchify,
     varlen_attention_qkvpacked,
 )
 from navit_kernels._autocast import autocast_dtype
 from navit_kernels._checks import fail
-from navit_kernels.block import Options, Parameters, block, takes
+from navit_kernels.block import Options, Parameters, block
 from navit_kernels.head_norm import NORM_CODES
 from navit_kernels.patches import KeptPatches
 
@@ -215,25 +214,20 @@ class PackedNaViT(nn.Module):
         """A layer: from the stream and its norm to the stream and the following norm's."""
         norm, up, activation, inner_dropout, down, dropout = mlp
         drops = self.training and (attention.out_dropout() > 0 or inner_dropout.p > 0 or dropout.p > 0)
+        if drops:
+            x_TE, normed_TE = _add_norm(x_TE, attention(normed_TE, packed.cu_seqlens, packed.plan), norm)
+            return _add_norm(x_TE, dropout(down(inner_dropout(activation(up(normed_TE))))), following)
         (qkv, qkv_2, qkv_3), (q_weight, k_weight) = attention.weights(), attention.head_weights()
         parameters = Parameters(
             qkv, attention.out_weight(), up.weight, down.weight, norm.weight, following.weight, qkv_2, qkv_3,
             up_bias=up.bias, down_bias=down.bias, q_weight=q_weight, k_weight=k_weight, norm_bias=norm.bias,
             following_bias=following.bias,
         )  # fmt: skip
-        if not drops and packed.plan is not None and takes(x_TE, normed_TE, parameters, attention.heads):
-            kind, eps = NORM_CODES[attention.norm_kind], attention.norm_eps
-            options = Options(
-                attention.heads, attention.softmax_scale, "gelu", kind, eps, kind, eps, True, norm.eps, True,
-                following.eps,
-            )  # fmt: skip
-            return block(x_TE, normed_TE, parameters, options, packed.plan)
-        x_TE, normed_TE = _add_norm(x_TE, attention(normed_TE, packed.cu_seqlens, packed.plan), norm)
-        if drops:
-            branch_TE = dropout(down(inner_dropout(activation(up(normed_TE)))))
-        else:
-            branch_TE = feed_forward(normed_TE, up.weight, down.weight, up.bias, down.bias, activation="gelu")
-        return _add_norm(x_TE, branch_TE, following)
+        kind, eps = NORM_CODES[attention.norm_kind], attention.norm_eps
+        options = Options(
+            attention.heads, attention.softmax_scale, "gelu", kind, eps, kind, eps, True, norm.eps, True, following.eps
+        )
+        return block(x_TE, normed_TE, parameters, options, packed.cu_seqlens, packed.plan)
 
     def _dtype(self) -> torch.dtype:
         """Of the matrix products. The residual stream has the weights' dtype, under autocast too, as theirs has."""
