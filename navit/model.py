@@ -291,7 +291,8 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each a branch of the residual stream."""
+    """Attention and MLP, each a branch of the residual stream. One op multiplies by the layers' weights: the layers are
+    not called, and hooks on them do not fire."""
 
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__()

@@ -108,7 +108,7 @@ def block(
     cu_seqlens, plan: as varlen_attention takes them. keep_1_S, keep_2_S: add_norm's keep_scale_S of either branch.
 
     Promises what its ops promise. Arguments are trusted to fit one another. The ops run one by one on CPU tensors,
-    without a plan, and for dtypes and head widths that the kernels do not have, where they say so.
+    without a plan, and with dtypes and head widths that there are no kernels for, which they refuse by name.
     """
     if plan is None or not _takes(x_TE, normed_TE, parameters, options.heads):
         return by_ops(x_TE, normed_TE, parameters, options, cu_seqlens, plan, keep_1_S, keep_2_S)
