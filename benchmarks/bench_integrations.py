@@ -39,13 +39,15 @@ def grids_of(images: str, patch_size: int) -> Grids:
 def step_of(side: Side, direction: str, device: str) -> Callable[[], Tensor]:
     """One step; gives the output."""
     autocast = device == "cuda" and side.autocast
+    parameters = list(side.model.parameters())
 
     def step() -> Tensor:
         with torch.set_grad_enabled(direction == "train"):
             with torch.autocast("cuda", torch.bfloat16) if autocast else contextlib.nullcontext():
                 out = side.run()
             if direction == "train":
-                side.model.zero_grad(set_to_none=True)
+                for parameter in parameters:  # as an optimizer's zero_grad
+                    parameter.grad = None
                 out.backward(direction_of(out))
         return out.detach()
 

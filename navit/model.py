@@ -9,6 +9,7 @@ T tokens, S images, P patch values, E model width, H heads, D head width, M MLP 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -35,6 +36,9 @@ from navit_kernels import (
 )
 from navit_kernels._autocast import autocast_dtype
 from navit_kernels._checks import fail
+from navit_kernels.block import Options, Parameters, block, only_multiply
+from navit_kernels.head_norm import NORM_CODES
+from navit_kernels.mlp.reference import activate
 from navit_kernels.patches import KeptPatches
 
 from .config import NaViTConfig
@@ -141,15 +145,15 @@ class NaViT(nn.Module):
             x_TE = x_TE.new_empty(tokens + count * images, config.width).index_copy(0, patch_places_T, x_TE)
             x_TE = x_TE.index_copy(0, prefix_places, prefix)
         keep = self._keep_scales(images, x_TE.device)
-        blocks = cast("list[Block]", list(self.blocks))
-        following = [block.norm1 for block in blocks] + [self.norm]
-        x_TE, normed_TE = following[0](x_TE)
-        for index, block in enumerate(blocks):
+        layers = cast("list[Block]", list(self.blocks))
+        following = [layer.norm1 for layer in layers] + [self.norm]
+        x_TE, normed_TE = following[0](x_TE, out_dtype=autocast_dtype(x_TE.device))
+        for index, layer in enumerate(layers):
             inputs = (x_TE, normed_TE, following[index + 1], cu_seqlens, packed.plan, keep[index])
             if config.checkpointing == "block":
-                x_TE, normed_TE = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+                x_TE, normed_TE = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_TE, normed_TE = block(*inputs)
+                x_TE, normed_TE = layer(*inputs)
         if self.prefix_RE is None:
             return normed_TE, None
         prefix_SRE = normed_TE.index_select(0, prefix_places).unflatten(0, (images, count))
@@ -290,7 +294,8 @@ class Embedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each a branch of the residual stream."""
+    """Attention and MLP, each a branch of the residual stream. One op multiplies by the layers' weights; layers with
+    hooks, or of another class than nn.Linear, are called instead, one by one, which takes the host longer."""
 
     def __init__(self, config: NaViTConfig) -> None:
         super().__init__()
@@ -307,24 +312,46 @@ class Block(nn.Module):
         start = config.layer_scale
         self.scale1 = None if start is None else nn.Parameter(torch.full((width,), start))
         self.scale2 = None if start is None else nn.Parameter(torch.full((width,), start))
+        centred = config.norm == "layer_norm"
+        kind = NORM_CODES[config.qk_norm if normed else None]
+        self.options = Options(
+            config.heads, head_width**-0.5, config.mlp, q_kind=kind, k_kind=kind, norm_centred=centred,
+            following_centred=centred, recompute=config.checkpointing == "mlp",
+        )  # fmt: skip
 
     def forward(
         self, x_TE: Tensor, normed_TE: Tensor, following: Norm, cu_seqlens: Tensor, plan: PackPlan | None,
         keep_2S: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Take the stream and its norm; return them after both branches, normed for the block that follows."""
-        kind = self.config.qk_norm
-        q_norm = None if kind == "none" else HeadNorm(kind, self.q_norm_weight, self.q_norm_bias)
-        k_norm = None if kind == "none" else HeadNorm(kind, self.k_norm_weight)
+        mlp, norm = self.mlp, self.norm2
         keep1_S, keep2_S = (None, None) if keep_2S is None else keep_2S.unbind(0)
+        if not only_multiply(self.qkv, self.proj, mlp.fc1, mlp.fc2):
+            return self._by_layers(x_TE, normed_TE, following, cu_seqlens, plan, keep1_S, keep2_S)
+        parameters = Parameters(
+            self.qkv.weight, self.proj.weight, mlp.fc1.weight, mlp.fc2.weight, norm.weight, following.weight,
+            qkv_bias=self.qkv.bias, out_bias=self.proj.bias, up_bias=mlp.fc1.bias, down_bias=mlp.fc2.bias,
+            q_weight=self.q_norm_weight, q_bias=self.q_norm_bias, k_weight=self.k_norm_weight, norm_bias=norm.bias,
+            following_bias=following.bias, scale_1=self.scale1, scale_2=self.scale2,
+        )  # fmt: skip
+        return block(x_TE, normed_TE, parameters, self.options, cu_seqlens, plan, keep1_S, keep2_S)
+
+    def _by_layers(
+        self, x_TE: Tensor, normed_TE: Tensor, following: Norm, cu_seqlens: Tensor, plan: PackPlan | None,
+        keep1_S: Tensor | None, keep2_S: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if not torch.compiler.is_compiling():
+            warnings.warn("layers of a Block are watched or replaced: each is called, which is slower", stacklevel=3)
+        q_norm = k_norm = None
+        if self.q_norm_weight is not None:
+            q_norm = HeadNorm(self.config.qk_norm, self.q_norm_weight, self.q_norm_bias)
+            k_norm = HeadNorm(self.config.qk_norm, self.k_norm_weight)
         qkv_T3HD = self.qkv(normed_TE).unflatten(1, (3, self.config.heads, -1))
         out_THD = varlen_attention_qkvpacked(qkv_T3HD, cu_seqlens, q_norm=q_norm, k_norm=k_norm, plan=plan)
-        branch_TE = self.proj(out_THD.flatten(1))
         scales = {"layer_scale_E": self.scale1, "keep_scale_S": keep1_S, "cu_seqlens": cu_seqlens}
-        x_TE, normed_TE = self.norm2(x_TE, branch_TE, **scales)
-        del qkv_T3HD, out_THD, branch_TE  # what no gradient needs makes room for the MLP
-        branch_TE = self.mlp(normed_TE)
-        return following(x_TE, branch_TE, **{**scales, "layer_scale_E": self.scale2, "keep_scale_S": keep2_S})
+        x_TE, normed_TE = self.norm2(x_TE, self.proj(out_THD.flatten(1)), **scales)
+        scales |= {"layer_scale_E": self.scale2, "keep_scale_S": keep2_S}
+        return following(x_TE, self.mlp(normed_TE), **scales)
 
 
 class MLP(nn.Module):
@@ -335,6 +362,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.mlp_width, config.width, config.bias)
 
     def forward(self, x_TE: Tensor) -> Tensor:
+        if not only_multiply(self.fc1, self.fc2):
+            return self.fc2(activate(self.fc1(x_TE), self.activation))
         weights = self.fc1.weight, self.fc2.weight, self.fc1.bias, self.fc2.bias
         return feed_forward(x_TE, *weights, activation=self.activation, recompute=self.recompute)
 

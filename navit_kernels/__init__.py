@@ -1,5 +1,6 @@
 """Kernels for native-resolution vision transformers, in the order in which an image flows through them."""
 
+from . import block  # noqa: F401  its op is known to torch then
 from .head_norm import HeadNorm
 from .mlp import feed_forward
 from .patches import patchify

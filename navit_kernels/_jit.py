@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from operator import itemgetter
+from operator import attrgetter, itemgetter, or_
 from typing import Any
 
 import torch
@@ -38,14 +38,16 @@ class BoundKernel:
     """A kernel with those of its arguments that stay the same from call to call; calls bring the others by name.
 
     Triton inspects every argument of every call. Here a compiled kernel is found by what it was compiled for: the dtype
-    and 16-byte alignment of each tensor, the dtype, block and layout of each tensor descriptor, and the value of all
-    else but the kernel's do_not_specialize numbers. What is bound, which tensors cannot be, is looked at once.
+    and 16-byte alignment of each tensor, the kind of each tensor descriptor (_descriptors.py), and the value of all
+    else but the kernel's do_not_specialize numbers. What is bound, which tensors cannot be, is looked at once, and so
+    are the names and types of a call's arguments: no loop in Python goes over them again.
     """
 
     def __init__(self, kernel: Any, **bound: Any) -> None:
         self.kernel, self.bound, self.values = kernel, bound, (*bound.values(), None)
         # an interpreted kernel has no parameters to specialize
         self.free = {parameter.name for parameter in getattr(kernel, "params", ()) if parameter.do_not_specialize}
+        self.sorted: dict[tuple, tuple[list[str], list[Callable[[tuple], tuple]]]] = {}
         self.compiled: dict[tuple, tuple[Any, Callable[[Sequence], tuple]]] = {}
 
     def __call__(self, grid: tuple[int, ...], /, **named: Any) -> None:
@@ -53,45 +55,52 @@ class BoundKernel:
         self.launch(grid, named)
 
     def launch(self, grid: tuple[int, ...], named: dict[str, Any]) -> None:
-        values: list = []
-        key: list = [*named]
-        device, addresses = None, 0
-        for name, value in named.items():
-            kind = type(value)
-            if kind is int or kind is bool or kind is float or value is None:
-                key.append(None if name in self.free else value)
-            elif isinstance(value, Tensor):
-                device = value.device
-                key.append(value.dtype)
-                value = value.data_ptr()
-                addresses |= value
-            elif hasattr(value, "block_shape"):
-                device = value.base.device
-                key += (value.base.dtype, *value.block_shape, getattr(value, "layout", None))
-            else:
-                key.append(value)
-            values.append(value)
-        if device is None or device.type != "cuda":
+        given = tuple(named.values())
+        types = (*named, *map(type, given))
+        names, pickers = self.sorted.get(types) or self._sort(types, named)
+        tensors, descriptors, specialized, free = [pick(given) for pick in pickers]
+        device = tensors[0].get_device() if tensors else -1
+        if device < 0 or not tensors[0].is_cuda:
             self.kernel[grid](**self.bound, **named)  # interpreted, or compiled ahead of time
             return
-        key.append(device.index)
-        if addresses % 16:
-            key += (value.data_ptr() % 16 == 0 for value in named.values() if isinstance(value, Tensor))
-        found = self.compiled.get(tuple(key))
+        addresses = [*map(Tensor.data_ptr, tensors)]
+        key = (device, types, *map(DTYPE, tensors), *map(KIND, descriptors), *specialized)
+        if functools.reduce(or_, addresses) % 16:
+            key += tuple(address % 16 == 0 for address in addresses)
+        found = self.compiled.get(key)
         if found is None:
-            given = [*named, *self.bound]
-            places = [given.index(name) if name in given else -1 for name in self.kernel.arg_names]
-            self.compiled[tuple(key)] = self.kernel[grid](**self.bound, **named), itemgetter(*places)
+            names = [*names, *self.bound]
+            places = [names.index(name) if name in names else -1 for name in self.kernel.arg_names]
+            self.compiled[key] = self.kernel[grid](**self.bound, **named), itemgetter(*places)
             return
         compiled, in_order = found
-        arguments = in_order((*values, *self.values))
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        arguments = in_order((*addresses, *descriptors, *specialized, *free, *self.values))
+        stream = torch._C._cuda_getCurrentRawStream(device)
         x, y, z = (*grid, 1, 1)[:3]
         enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             compiled[x, y, z](*arguments, stream=stream)
         else:  # what that does, without the hooks' arguments
             compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+    def _sort(self, types: tuple, named: dict[str, Any]) -> tuple[list[str], list[Callable[[tuple], tuple]]]:
+        """The names of tensors, descriptors, specialized arguments and free ones; and what takes each from all."""
+        kinds: tuple[list[str], ...] = ([], [], [], [])
+        for name, value in named.items():
+            free = 3 if name in self.free and value is not None else 2
+            kinds[0 if isinstance(value, Tensor) else 1 if hasattr(value, "block_shape") else free].append(name)
+        order = [*named]
+        pickers = [_picker([order.index(name) for name in kind]) for kind in kinds]
+        self.sorted[types] = [name for kind in kinds for name in kind], pickers
+        return self.sorted[types]
+
+
+DTYPE, KIND = attrgetter("dtype"), attrgetter("kind")
+
+
+def _picker(places: list[int]) -> Callable[[tuple], tuple]:
+    """itemgetter, which returns no tuple of one or none."""
+    return itemgetter(*places) if len(places) > 1 else lambda values: tuple(values[place] for place in places)
 
 
 _kernels: dict[int, BoundKernel] = {}

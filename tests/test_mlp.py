@@ -283,13 +283,11 @@ def launch_on_meta(case: Case, config: dict[str, int]) -> None:
     from navit_kernels.mlp import kernel
 
     inputs = case.inputs(1000, "meta")
-    x_TE, up_UE, down_EM, up_bias_U, down_bias_E = inputs.values()
+    x_TE, up_UE, down_EM, up_bias_U, _ = inputs.values()
     with mock.patch.object(kernel, "choose_config", return_value=config):
         out_TE, hidden_TU = kernel.feed_forward(*inputs.values(), case.activation, True)
         kernel.feed_forward(*inputs.values(), case.activation, False)
-        kernel.feed_forward_backward(
-            out_TE, x_TE, hidden_TU, up_UE, down_EM, up_bias_U, case.activation, case.dtype, down_bias_E is not None
-        )
+        kernel.feed_forward_backward(out_TE, x_TE, hidden_TU, up_UE, down_EM, up_bias_U, case.activation, case.dtype)
 
 
 @pytest.mark.compile_only

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from navit import NaViT, NaViTConfig, PackedImages, pack
-from navit.model import CONFIG, MLP, WEIGHTS
+from navit.model import CONFIG, WEIGHTS
 from navit_kernels import plan_pack
 
 SMALL = NaViTConfig(width=32, depth=2, heads=2, mlp_width=48, patch_size=4, num_classes=5, table_length=12)
@@ -267,6 +267,37 @@ def test_presets_have_the_known_sizes(preset, millions):
     assert count == pytest.approx(millions, rel=0.01)
 
 
+@pytest.mark.parametrize("mlp", ["gelu_tanh", "gelu", "swiglu"])
+def test_layers_that_are_replaced_or_watched_are_called(mlp: str):
+    """Adapters replace layers, and profilers watch them."""
+
+    class Doubled(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    config = replace(SMALL, mlp=mlp, bias=True, layer_scale=0.3)
+    expected, model = NaViT(config).eval(), NaViT(config).eval()
+    images, names, seen = make_images(), ("qkv", "proj", "mlp.fc1", "mlp.fc2"), []
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.uniform_(-0.5, 0.5)
+    model.load_state_dict(expected.state_dict())
+    for block in (expected.blocks[0], model.blocks[0]):
+        for name in names:
+            layer = block.get_submodule(name)
+            if block is model.blocks[0]:
+                layer.__class__ = Doubled
+            else:
+                layer.weight.data *= 2
+                layer.bias.data *= 2
+    for name in names:
+        model.blocks[1].get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    with pytest.warns(UserWarning, match="watched or replaced"):
+        torch.testing.assert_close(model(images), expected(images))
+    assert seen == [*names]
+
+
 def test_flops_count_the_matrix_products_and_attention():
     config = replace(SMALL, registers=2, mlp="swiglu")
     model = NaViT(config)
@@ -280,9 +311,6 @@ def test_flops_count_the_matrix_products_and_attention():
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(count)
-        if isinstance(module, MLP):  # which multiplies by its layers' weights itself
-            for layer in (module.fc1, module.fc2):
-                module.register_forward_hook(lambda _, *tensors, layer=layer: count(layer, *tensors))
     model(make_images(grids=[(rows, columns)]))
     attention = 4 * config.depth * config.width * (rows * columns + 2) ** 2
     assert config.flops_per_image(rows, columns, training=False) == seen + attention

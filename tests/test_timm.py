@@ -196,6 +196,35 @@ def test_same_output_and_gradients_as_timm(naflexvit: Any, changes: dict[str, An
     assert_same(*pair(naflexvit, train, **changes), batch(values=changes.get("in_chans", 3) * PATCH**2))
 
 
+@pytest.mark.parametrize("name", COMPARED)
+def test_whole_blocks_hold_timms_parameters(naflexvit: Any, name: str, monkeypatch: Any) -> None:
+    taken, one_op = [], integration.one_op
+    monkeypatch.setattr(integration, "one_op", lambda *inputs: taken.append(inputs) or one_op(*inputs))
+    changes = COMPARED[name]
+    model, fast = pair(naflexvit, **changes)
+    assert_same(model, fast, batch(values=changes.get("in_chans", 3) * PATCH**2))
+    with_following_norm = len(model.blocks) - isinstance(model.norm, nn.Identity)
+    assert len({id(inputs[2].qkv) for inputs in taken}) == (0 if name == "inner norms" else with_following_norm)
+
+
+def test_linear_layers_that_are_watched_or_replaced_are_called(naflexvit: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(integration, "one_op", lambda *_: pytest.fail("their blocks run op by op"))
+    model, fast = pair(naflexvit, proj_drop_rate=0.0)
+    seen = []
+    for block, attribute in zip(fast.blocks, ("qkv", "proj"), strict=True):
+        getattr(block.attn, attribute).register_forward_hook(lambda *_: seen.append(1))
+    assert_same(model, fast, batch())
+    assert len(seen) == 2
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    for block in (*model.blocks, *fast.blocks):
+        block.mlp.fc2.__class__ = Doubled
+    assert_same(model, fast, batch())
+
+
 @pytest.mark.parametrize("changes", POSITIONS, ids=lambda changes: "-".join(map(str, changes.values())))
 def test_same_positions_as_timm(naflexvit: Any, changes: dict[str, Any]) -> None:
     inputs = batch([*GRIDS, (3, 5), (6, 10), (5, 3)])

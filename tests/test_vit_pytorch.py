@@ -114,6 +114,21 @@ def test_outputs_and_gradients_are_theirs_for_any_sizes(theirs, kind, seed):
         assert_equal_to(1e-5, ours[name], gradient, name)
 
 
+@pytest.mark.parametrize("changes", [{}, {"qk_rmsnorm": False}], ids=["normed", "plain"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_with_and_without_norms_of_q_and_k(theirs, kind, changes):
+    if changes and kind == "na_vit":
+        pytest.skip("it always has norms")
+    model, images = make(theirs, kind, **changes), make_images(SIZES)
+    expected = model(images)
+    fast = accelerate(model)
+    actual = fast(images)
+    assert_equal_to(1e-5, actual, expected, "output")
+    ours = gradients(fast, actual)
+    for name, gradient in gradients(model, expected).items():
+        assert_equal_to(1e-5, ours[name], gradient, name)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_get_their_gradient_too(theirs, kind):
     model = make(theirs, kind)

@@ -28,7 +28,11 @@ from navit_kernels import (
     pool_tokens,
     varlen_attention_qkvpacked,
 )
+from navit_kernels._autocast import autocast_dtype
 from navit_kernels._checks import fail
+from navit_kernels.block import Options, Parameters, only_multiply
+from navit_kernels.block import block as one_op
+from navit_kernels.head_norm import NORM_CODES
 
 from . import require
 from .padding import Unpadded, unpad, whole
@@ -43,7 +47,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     same, and so are all gradients; what padding holds differs: `forward_features` gives zeros there. A random choice is
     made as timm makes it, so that a seed drops the same patches and paths; only element-wise dropout differs.
     `forward_intermediates` stays timm's own, padded. Blocks are not called as modules: hooks on them do not fire, and
-    what compiles or shards them one by one must take the whole model instead.
+    what compiles or shards them one by one must take the whole model instead. Nor, on a GPU, are a block's four linear
+    layers, but where one of them has hooks or is another class than nn.Linear.
 
     The lengths in patch_valid are waited for, once per forward; nothing else is (timm's own waits for the grid of every
     image). Leave patch_valid on the CPU, the rest on the GPU, and there is no wait at all, unless patches are dropped.
@@ -153,7 +158,7 @@ class PackedForward(nn.Module):
             x_TE = self._embed_patches(patches, coords_SN2, index_SN, pack)
         x_TE = self.norm_pre(x_TE)
         following = [*(block.norm1 for block in self.blocks), self.norm]
-        x_TE, normed_TE = _add_norm(x_TE, None, following[0])
+        x_TE, normed_TE = _add_norm(x_TE, None, following[0], dtype=autocast_dtype(x_TE.device))
         for block, norm in zip(self.blocks, following[1:], strict=True):
             if self.grad_checkpointing:
                 x_TE, normed_TE = checkpoint(_block, block, x_TE, normed_TE, norm, pack.plan, use_reentrant=False)
@@ -255,6 +260,11 @@ def _add_positions(embeds: Any, x_TE: Tensor, coords_T2: Tensor, sizes_T2: Tenso
 def _block(block: Any, x_TE: Tensor, normed_TE: Tensor, following: nn.Module, plan: PackPlan) -> tuple[Tensor, Tensor]:
     """A timm Block: from the stream and its norm to the stream and the norm that follows."""
     attn, cu_seqlens = block.attn, plan.cu_seqlens
+    whole = _as_one_op(block, following)
+    if whole is not None:
+        images = cu_seqlens.shape[0] - 1
+        keep = [_keep_scale(path, images, x_TE.device) for path in (block.drop_path1, block.drop_path2)]
+        return one_op(x_TE, normed_TE, *whole, cu_seqlens, plan, *keep)
     qkv_T3HD = attn.qkv(normed_TE).unflatten(1, (3, attn.num_heads, attn.head_dim))
     q_norm, k_norm = (
         None if isinstance(norm, nn.Identity) else HeadNorm(*_norm(norm)) for norm in (attn.q_norm, attn.k_norm)
@@ -265,6 +275,46 @@ def _block(block: Any, x_TE: Tensor, normed_TE: Tensor, following: nn.Module, pl
     return _add_norm(x_TE, block.mlp(normed_TE), following, block.ls2, block.drop_path2, cu_seqlens)
 
 
+def _as_one_op(block: Any, following: Any) -> tuple[Parameters, Options] | None:
+    """The block as `one_op` takes it; None for one that has more to it, or whose linear layers are watched or are not
+    what they were."""
+    from timm import layers
+
+    attn, mlp, norm = block.attn, block.mlp, block.norm2
+    if type(mlp) is not layers.Mlp or isinstance(following, nn.Identity):
+        return None
+    linears, act = (attn.qkv, attn.proj, mlp.fc1, mlp.fc2), type(mlp.act)
+    drops = block.training and (attn.proj_drop.p > 0 or mlp.drop1.p > 0 or mlp.drop2.p > 0)
+    is_gelu = act in (layers.GELU, layers.GELUTanh, nn.GELU)
+    if not only_multiply(*linears) or drops or not is_gelu or not (type(attn.norm) is type(mlp.norm) is nn.Identity):
+        return None
+    tanh = act is layers.GELUTanh or (act is nn.GELU and mlp.act.approximate == "tanh")
+    qkv, proj, fc1, fc2 = linears
+    q_norm, k_norm = (
+        (None, None, None, 1e-6) if isinstance(part, nn.Identity) else _norm(part)
+        for part in (attn.q_norm, attn.k_norm)
+    )
+    kinds = [_norm(part) for part in (norm, following)]
+    parameters = Parameters(
+        qkv.weight, proj.weight, fc1.weight, fc2.weight, norm.weight, following.weight, None, None, qkv.bias, proj.bias,
+        fc1.bias, fc2.bias, q_norm[1], q_norm[2], k_norm[1], k_norm[2], kinds[0][2], kinds[1][2],
+        getattr(block.ls1, "gamma", None), getattr(block.ls2, "gamma", None),
+    )  # fmt: skip
+    options = Options(
+        attn.num_heads, attn.scale, "gelu_tanh" if tanh else "gelu", NORM_CODES[q_norm[0]], q_norm[3],
+        NORM_CODES[k_norm[0]], k_norm[3], kinds[0][0] == "layer_norm", norm.eps, kinds[1][0] == "layer_norm",
+        following.eps,
+    )  # fmt: skip
+    return parameters, options
+
+
+def _keep_scale(drop_path: nn.Module | None, images: int, device: torch.device) -> Tensor | None:
+    """Drawn once per image of the pack; None where all are kept."""
+    if drop_path is None or not drop_path.training or isinstance(drop_path, nn.Identity):
+        return None
+    return drop_path(torch.ones(images, device=device))
+
+
 def _add_norm(
     x_TE: Tensor,
     branch_TE: Tensor | None,
@@ -272,16 +322,11 @@ def _add_norm(
     layer_scale: nn.Module | None = None,
     drop_path: nn.Module | None = None,
     cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x + drop_path(layer_scale(branch)), and its norm. drop_path draws once per image of the pack."""
-    gamma_E, keep_S = getattr(layer_scale, "gamma", None), None
-    if (
-        cu_seqlens is not None
-        and drop_path is not None
-        and drop_path.training
-        and not isinstance(drop_path, nn.Identity)
-    ):
-        keep_S = drop_path(torch.ones(cu_seqlens.shape[0] - 1, device=x_TE.device))
+    """x + drop_path(layer_scale(branch)), and its norm, of the branch's dtype or the one given."""
+    gamma_E = getattr(layer_scale, "gamma", None)
+    keep_S = None if cu_seqlens is None else _keep_scale(drop_path, cu_seqlens.shape[0] - 1, x_TE.device)
     if isinstance(norm, nn.Identity):
         if branch_TE is None:
             return x_TE, x_TE
@@ -296,7 +341,7 @@ def _add_norm(
     kind, weight_E, bias_E, eps = _norm(norm)
     return add_norm(
         x_TE, branch_TE, weight_E, bias_E, kind=kind, eps=eps, layer_scale_E=gamma_E, keep_scale_S=keep_S,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=cu_seqlens, out_dtype=dtype,
     )  # fmt: skip
 
 

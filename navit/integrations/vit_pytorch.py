@@ -23,7 +23,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
@@ -34,12 +33,13 @@ from navit_kernels import (
     add_norm,
     add_positions,
     attention_pool,
-    feed_forward,
     patchify,
     varlen_attention_qkvpacked,
 )
-from navit_kernels._autocast import autocast_dtype, joined
+from navit_kernels._autocast import autocast_dtype
 from navit_kernels._checks import fail
+from navit_kernels.block import Options, Parameters, block
+from navit_kernels.head_norm import NORM_CODES
 from navit_kernels.patches import KeptPatches
 
 from ..packing import PackedImages, pack
@@ -201,21 +201,33 @@ class PackedNaViT(nn.Module):
         layers: list[Any] = list(cast("nn.ModuleList", self.transformer.layers))
         norms = [attention.norm for attention, _ in layers] + [self.transformer.norm]
         x_TE, normed_TE = _add_norm(x_TE, None, norms[0], self._dtype())
-        for (attention, mlp), norm_after in zip(layers, norms[1:], strict=True):
-            norm, up, activation, inner_dropout, down, dropout = mlp
-            parts = [attention.weights(), [attention.out_weight()], *([part] for part in _matrices(up, down))]
-            qkv, out, *mlp_weights = joined(parts, self._dtype())
-            branch_TE = attention(normed_TE, qkv, out, packed.cu_seqlens, packed.plan)
-            x_TE, normed_TE = _add_norm(x_TE, branch_TE, norm)
-            if self.training and inner_dropout.p > 0:
-                branch_TE = down(inner_dropout(activation(up(normed_TE))))
-            else:
-                branch_TE = feed_forward(normed_TE, *mlp_weights, activation="gelu")
-            x_TE, normed_TE = _add_norm(x_TE, dropout(branch_TE), norm_after)
+        for (attention, mlp), following in zip(layers, norms[1:], strict=True):
+            x_TE, normed_TE = self._block(attention, mlp, following, x_TE, normed_TE, packed)
         pooled_SE = self.attn_pool.pool(self.attn_pool_queries, normed_TE, packed.cu_seqlens)
         if not self.nested:
             pooled_SE = pooled_SE + self.attn_pool_queries
         return self.mlp_head(self.to_latent(pooled_SE))
+
+    def _block(
+        self, attention: Attention, mlp: Any, following: Any, x_TE: Tensor, normed_TE: Tensor, packed: PackedImages
+    ) -> tuple[Tensor, Tensor]:
+        """A layer: from the stream and its norm to the stream and the following norm's."""
+        norm, up, activation, inner_dropout, down, dropout = mlp
+        drops = self.training and (attention.out_dropout() > 0 or inner_dropout.p > 0 or dropout.p > 0)
+        if drops:
+            x_TE, normed_TE = _add_norm(x_TE, attention(normed_TE, packed.cu_seqlens, packed.plan), norm)
+            return _add_norm(x_TE, dropout(down(inner_dropout(activation(up(normed_TE))))), following)
+        (qkv, qkv_2, qkv_3), (q_weight, k_weight) = attention.weights(), attention.head_weights()
+        parameters = Parameters(
+            qkv, attention.out_weight(), up.weight, down.weight, norm.weight, following.weight, qkv_2, qkv_3,
+            up_bias=up.bias, down_bias=down.bias, q_weight=q_weight, k_weight=k_weight, norm_bias=norm.bias,
+            following_bias=following.bias,
+        )  # fmt: skip
+        kind, eps = NORM_CODES[attention.norm_kind], attention.norm_eps
+        options = Options(
+            attention.heads, attention.softmax_scale, "gelu", kind, eps, kind, eps, True, norm.eps, True, following.eps
+        )
+        return block(x_TE, normed_TE, parameters, options, packed.cu_seqlens, packed.plan)
 
     def _dtype(self) -> torch.dtype:
         """Of the matrix products. The residual stream has the weights' dtype, under autocast too, as theirs has."""
@@ -247,17 +259,23 @@ class PackedNaViT(nn.Module):
             fail("images", "at least one image", "none")
         rows, columns = self.pos_embed_height.shape[0], self.pos_embed_width.shape[0]
         limit_height, limit_width = rows * self.patch_size, columns * self.patch_size
-        for index, image in enumerate(flat):
-            if image.dim() != 3 or image.shape[0] != self.channels:
-                fail(f"images[{index}]", f"a tensor (C, H, W) of {self.channels} channels", tuple(image.shape))
-            if image.shape[1] > limit_height or image.shape[2] > limit_width:
-                limits = f"at most {limit_height} × {limit_width} pixels, as far as positions go"
-                fail(f"images[{index}]", limits, f"{image.shape[1]} × {image.shape[2]}")
+        shapes = [image.shape for image in flat]
+        if any(len(s) != 3 or s[0] != self.channels or s[1] > limit_height or s[2] > limit_width for s in shapes):
+            self._refuse(shapes, limit_height, limit_width)
         drop, seed = None, 0
         if self.training and self.token_dropout_prob is not None:
             drop, seed = self._dropped, int(torch.randint(2**62, ()))
-        (packed,) = pack(flat, None, patch_size=self.patch_size, token_drop=drop, seed=np.random.default_rng(seed))
+        (packed,) = pack(flat, None, patch_size=self.patch_size, token_drop=drop, seed=seed)
         return packed
+
+    def _refuse(self, shapes: Sequence[torch.Size], limit_height: int, limit_width: int) -> None:
+        """The first image that the model cannot take."""
+        for index, shape in enumerate(shapes):
+            if len(shape) != 3 or shape[0] != self.channels:
+                fail(f"images[{index}]", f"a tensor (C, H, W) of {self.channels} channels", tuple(shape))
+            if shape[1] > limit_height or shape[2] > limit_width:
+                limits = f"at most {limit_height} × {limit_width} pixels, as far as positions go"
+                fail(f"images[{index}]", limits, f"{shape[1]} × {shape[2]}")
 
     def _dropped(self, rows: int, columns: int) -> float:
         """Share of an image's patches to drop, such that as many stay as in theirs."""
@@ -267,11 +285,6 @@ class PackedNaViT(nn.Module):
         assert rate is not None
         kept = int((1.0 - rate) * torch.tensor(count)) if self.nested else int(count * (1 - rate))  # float32, float64
         return 1 - max(1, kept) / count
-
-
-def _matrices(up: Any, down: Any) -> tuple[Tensor, ...]:
-    """In feed_forward's order."""
-    return up.weight, down.weight, up.bias, down.bias
 
 
 def _parts(norm: Any) -> tuple[Tensor, Tensor | None, float]:
@@ -311,50 +324,64 @@ class Attention(nn.Module):
     """Attention of either model; subclasses name the parameters. `forward` takes normed tokens."""
 
     norm: nn.Module
+    to_out: Any
     heads: int
-    softmax_scale: float | None = None
+    softmax_scale: float
+    norm_kind: str | None  # of q and k
+    norm_eps: float
 
-    def weights(self) -> list[Tensor]:
-        """Rows for q, then for k, then for v; all heads of each."""
+    def weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows for q, then for k, then for v, in two or three parts; all heads of each."""
         raise NotImplementedError
 
-    def head_norms(self) -> tuple[HeadNorm | None, HeadNorm | None]:
+    def head_weights(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of the norms of q and k, (D,) or (H, 1, D)."""
         raise NotImplementedError
 
     def out_weight(self) -> Tensor:
         raise NotImplementedError
 
-    def project(self, out_TI: Tensor, out_EI: Tensor) -> Tensor:
-        return linear(out_TI, out_EI)
+    def out_dropout(self) -> float:
+        return 0.0
 
-    def forward(
-        self, normed_TE: Tensor, qkv_3HDE: Tensor, out_EI: Tensor, cu_seqlens: Tensor, plan: PackPlan | None
-    ) -> Tensor:
-        """(T, E): each image's tokens attend to one another. qkv, out: `weights` and `out_weight` in normed's dtype."""
-        qkv_T3HD = linear(normed_TE, qkv_3HDE).unflatten(1, (3, self.heads, -1))
+    def head_norms(self) -> tuple[HeadNorm | None, HeadNorm | None]:
+        q_weight, k_weight = self.head_weights()
+        if self.norm_kind is None or q_weight is None or k_weight is None:
+            return None, None
+        q_norm, k_norm = (
+            HeadNorm(self.norm_kind, weight if weight.dim() == 1 else weight.squeeze(1), eps=self.norm_eps)
+            for weight in (q_weight, k_weight)
+        )
+        return q_norm, k_norm
+
+    def forward(self, normed_TE: Tensor, cu_seqlens: Tensor, plan: PackPlan | None) -> Tensor:
+        """(T, E): each image's tokens attend to one another."""
+        qkv_IE = torch.cat([part for part in self.weights() if part is not None])
+        qkv_T3HD = linear(normed_TE, qkv_IE).unflatten(1, (3, self.heads, -1))
         q_norm, k_norm = self.head_norms()
         out_THD = varlen_attention_qkvpacked(
             qkv_T3HD, cu_seqlens, q_norm=q_norm, k_norm=k_norm, softmax_scale=self.softmax_scale, plan=plan
         )
-        return self.project(out_THD.flatten(1), out_EI)
+        return self.to_out(out_THD.flatten(1))
 
     def pool(self, query_E: Tensor, x_TE: Tensor, cu_seqlens: Tensor) -> Tensor:
         """(S, E): one query looks at each image's tokens."""
-        to_q, *to_kv = self.weights()
+        to_q, *to_kv = (part for part in self.weights() if part is not None)
         query_HD = linear(self.norm(query_E), to_q).unflatten(0, (self.heads, -1))
-        kv_2HDE, out_EI = joined([to_kv, [self.out_weight()]], x_TE.dtype)
-        k_THD, v_THD = linear(x_TE, kv_2HDE).unflatten(1, (2, self.heads, -1)).unbind(1)
+        kv_IE = to_kv[0] if len(to_kv) == 1 else torch.cat(to_kv)
+        k_THD, v_THD = linear(x_TE, kv_IE).unflatten(1, (2, self.heads, -1)).unbind(1)
         q_norm, k_norm = self.head_norms()
         pooled_SHD = attention_pool(
             query_HD, k_THD, v_THD, cu_seqlens, q_norm=q_norm, k_norm=k_norm, softmax_scale=self.softmax_scale
         )
-        return self.project(pooled_SHD.flatten(1), out_EI)
+        return self.to_out(pooled_SHD.flatten(1))
 
 
 class DenseAttention(Attention):
     """na_vit's."""
 
     softmax_scale = 1.0
+    norm_kind, norm_eps = "l2", 1e-12
 
     def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -365,17 +392,17 @@ class DenseAttention(Attention):
         self.to_kv = nn.Linear(width, 2 * inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, width, bias=False), nn.Dropout(0.0))
 
-    def weights(self) -> list[Tensor]:
-        return [self.to_q.weight, self.to_kv.weight]
+    def weights(self) -> tuple[Tensor, Tensor, None]:
+        return self.to_q.weight, self.to_kv.weight, None
 
-    def head_norms(self) -> tuple[HeadNorm, HeadNorm]:
-        return HeadNorm("l2", self.q_norm.gamma.squeeze(1)), HeadNorm("l2", self.k_norm.gamma.squeeze(1))
+    def head_weights(self) -> tuple[Tensor, Tensor]:
+        return self.q_norm.gamma, self.k_norm.gamma
 
     def out_weight(self) -> Tensor:
-        return cast(Tensor, self.to_out[0].weight)
+        return self.to_out[0].weight
 
-    def project(self, out_TI: Tensor, out_EI: Tensor) -> Tensor:
-        return self.to_out[1](super().project(out_TI, out_EI))
+    def out_dropout(self) -> float:
+        return self.to_out[1].p
 
 
 class HeadGamma(nn.Module):
@@ -390,22 +417,23 @@ class NestedAttention(Attention):
     def __init__(self, width: int, heads: int, head_width: int, normed: bool) -> None:
         super().__init__()
         self.heads, inner = heads, heads * head_width
+        self.softmax_scale = head_width**-0.5
         self.norm = nn.LayerNorm(width, bias=False)
         self.to_queries = nn.Linear(width, inner, bias=False)
         self.to_keys = nn.Linear(width, inner, bias=False)
         self.to_values = nn.Linear(width, inner, bias=False)
         self.query_norm = nn.LayerNorm(head_width, bias=False) if normed else None
         self.key_norm = nn.LayerNorm(head_width, bias=False) if normed else None
+        self.norm_kind, self.norm_eps = "layer_norm" if normed else None, 1e-5
         self.to_out = nn.Linear(inner, width, bias=False)
 
-    def weights(self) -> list[Tensor]:
-        return [self.to_queries.weight, self.to_keys.weight, self.to_values.weight]
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.to_queries.weight, self.to_keys.weight, self.to_values.weight
 
-    def head_norms(self) -> tuple[HeadNorm | None, HeadNorm | None]:
+    def head_weights(self) -> tuple[Tensor | None, Tensor | None]:
         if self.query_norm is None or self.key_norm is None:
             return None, None
-        q_norm, k_norm = (HeadNorm("layer_norm", n.weight, eps=n.eps) for n in (self.query_norm, self.key_norm))
-        return q_norm, k_norm
+        return self.query_norm.weight, self.key_norm.weight
 
     def out_weight(self) -> Tensor:
         return self.to_out.weight

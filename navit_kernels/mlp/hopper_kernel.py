@@ -23,9 +23,9 @@ T tokens, E model width, M MLP width, U hidden width: M, or 2M for "swiglu".
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
-import triton
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
@@ -38,7 +38,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .._jit import launch_kernel, multiprocessors
+from .._descriptors import describe, fields
+from .._jit import BoundKernel, multiprocessors
 
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the latter until Triton 3.6
 
@@ -388,18 +389,24 @@ def _blocks(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """What a kernel loads blocks of a matrix through."""
     if not tensor.is_contiguous() or tensor.data_ptr() % 16:
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-    return TensorDescriptor.from_tensor(tensor, [rows, columns], _block_layout(rows, columns, tensor.dtype))
+    return describe(tensor, _block_fields(tensor.dtype, tensor.shape, rows, columns))
 
 
-@functools.cache
-def _block_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+@functools.lru_cache(1024)
+def _block_fields(dtype: torch.dtype, shape: tuple[int, int], rows: int, columns: int) -> dict[str, Any]:
     element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], element)
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], element)
+    return fields(dtype, shape, (shape[1], 1), (rows, columns), layout)
+
+
+@functools.lru_cache(1024)
+def _bound(kernel: Any, width: int, mlp_width: int, activation: str, chunk: int, **options: int) -> BoundKernel:
+    return BoundKernel(kernel, E=width, M=mlp_width, CHUNK=chunk, ACTIVATION=activation, num_warps=4, **options)
 
 
 def tile_rows(tokens: int) -> int:
     """Rows of tiles, each of which writes its sums of dhidden."""
-    return triton.cdiv(tokens, BLOCK_T.value)
+    return -(-tokens // BLOCK_T.value)
 
 
 def up(
@@ -409,11 +416,11 @@ def up(
     """Write hidden, where it is wanted, and act; the activation's warpgroup takes `chunk` rows at a time."""
     (tokens, width), mlp_width = x_TE.shape, act_TM.shape[1]
     columns = BLOCK_U.value // (2 if activation == "swiglu" else 1)
-    tiles = tile_rows(tokens) * triton.cdiv(mlp_width, columns)
-    launch_kernel(
-        up_kernel, (min(tiles, multiprocessors(x_TE.device)),), _blocks(x_TE, BLOCK_T.value, BLOCK_E.value),
-        _blocks(up_UE, columns, BLOCK_E.value), up_bias_U, hidden_TU, act_TM, tokens,
-        E=width, M=mlp_width, CHUNK=chunk, ACTIVATION=activation, num_warps=4,
+    tiles = tile_rows(tokens) * -(-mlp_width // columns)
+    _bound(up_kernel, width, mlp_width, activation, chunk)(
+        (min(tiles, multiprocessors(x_TE.device)),),
+        x_desc=_blocks(x_TE, BLOCK_T.value, BLOCK_E.value), up_desc=_blocks(up_UE, columns, BLOCK_E.value),
+        up_bias_ptr=up_bias_U, hidden_ptr=hidden_TU, act_ptr=act_TM, tokens=tokens,
     )  # fmt: skip
 
 
@@ -424,10 +431,10 @@ def down_backward(
     """Write act, dhidden and, where they are wanted, dhidden's sums over each row of tiles; hidden is loaded `ahead`
     chunks before its use."""
     (tokens, width), mlp_width = dout_TE.shape, act_TM.shape[1]
-    tiles = tile_rows(tokens) * triton.cdiv(mlp_width, BLOCK_U.value)
-    launch_kernel(
-        down_backward_kernel, (min(tiles, multiprocessors(dout_TE.device)),),
-        _blocks(dout_TE, BLOCK_T.value, BLOCK_E.value), _blocks(down_EM, BLOCK_E.value, BLOCK_U.value), hidden_TU,
-        act_TM, dhidden_TU, partial_GU, tokens,
-        E=width, M=mlp_width, CHUNK=chunk, AHEAD=ahead, ACTIVATION=activation, num_warps=4,
+    tiles = tile_rows(tokens) * -(-mlp_width // BLOCK_U.value)
+    _bound(down_backward_kernel, width, mlp_width, activation, chunk, AHEAD=ahead)(
+        (min(tiles, multiprocessors(dout_TE.device)),),
+        dout_desc=_blocks(dout_TE, BLOCK_T.value, BLOCK_E.value),
+        down_desc=_blocks(down_EM, BLOCK_E.value, BLOCK_U.value), hidden_ptr=hidden_TU, act_ptr=act_TM,
+        dhidden_ptr=dhidden_TU, dup_bias_ptr=partial_GU, tokens=tokens,
     )  # fmt: skip

@@ -25,11 +25,22 @@ T tokens, E model width, M MLP width, U hidden width: M, or 2M for "swiglu".
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from .._jit import architecture, gluon_is_supported
+
+
+@functools.cache
+def _hopper() -> Any:
+    """hopper_kernel.py, and with it Gluon, once it is needed."""
+    from . import hopper_kernel
+
+    return hopper_kernel
 
 
 def choose_config(arch: int, activation: str, width: int, bias: bool) -> dict[str, int] | None:
@@ -91,7 +102,7 @@ def _activate_backward_torch(dact_TM: Tensor, hidden_TU: Tensor, activation: str
     return torch.ops.aten.gelu_backward(dact_TM, hidden_TU, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def _weight_gradient(dout_TN: Tensor, x_TK: Tensor, dtype: torch.dtype) -> Tensor:
+def weight_gradient(dout_TN: Tensor, x_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """doutᵀ @ x; in float32 as the product has it, not rounded to 16 bits between."""
     if x_TK.dtype == dtype or x_TK.device.type != "cuda":
         return (dout_TN.T @ x_TK).to(dtype)
@@ -106,61 +117,51 @@ def feed_forward(
     down_bias_E: Tensor | None,
     activation: str,
     keep_hidden: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return out and hidden (empty unless kept)."""
-    tokens, mlp_width = len(x_TE), down_EM.shape[1]
+) -> tuple[Tensor, Tensor | None]:
+    """Return out and, if it is to be kept, hidden."""
+    tokens, mlp_width = x_TE.shape[0], down_EM.shape[1]
     config = fused_config(x_TE, mlp_width, activation, up_bias_U is not None)
     if config is None:
         hidden_TU = linear(x_TE, up_UE, up_bias_U)
         act_TM = _activate_torch(hidden_TU, activation)
     else:
-        from . import hopper_kernel
-
-        hidden_TU = x_TE.new_empty(tokens if keep_hidden else 0, len(up_UE))
+        hidden_TU = x_TE.new_empty(tokens, up_UE.shape[0]) if keep_hidden else None
         act_TM = x_TE.new_empty(tokens, mlp_width)
-        kept_TU = hidden_TU if keep_hidden else None
-        hopper_kernel.up(x_TE, up_UE, up_bias_U, kept_TU, act_TM, activation, config["up_chunk"])
-    out_TE = linear(act_TM, down_EM, down_bias_E)
-    return out_TE, hidden_TU if keep_hidden else x_TE.new_empty(0, len(up_UE))
+        _hopper().up(x_TE, up_UE, up_bias_U, hidden_TU, act_TM, activation, config["up_chunk"])
+    return linear(act_TM, down_EM, down_bias_E), hidden_TU if keep_hidden else None
 
 
 def feed_forward_backward(
     dout_TE: Tensor,
     x_TE: Tensor,
-    hidden_TU: Tensor,
+    hidden_TU: Tensor | None,
     up_UE: Tensor,
     down_EM: Tensor,
     up_bias_U: Tensor | None,
     activation: str,
     weight_dtype: torch.dtype | None,
-    down_bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return dx, dup and ddown in weight_dtype, and in float32 dup_bias and ddown_bias; empty what has no bias, and
-    all but dx for no weight_dtype. An empty hidden is computed again."""
-    tokens, mlp_width, weight_grads = len(x_TE), down_EM.shape[1], weight_dtype is not None
-    if len(hidden_TU) < tokens:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return dx, dup and ddown in weight_dtype, and dup_bias in float32; all but dx are None for no weight_dtype, and
+    dup_bias where there is no bias. A hidden that was not kept is computed again."""
+    tokens, mlp_width = x_TE.shape[0], down_EM.shape[1]
+    if hidden_TU is None:
         hidden_TU = linear(x_TE, up_UE, up_bias_U)
-    bias_grad = weight_grads and up_bias_U is not None
+    bias_grad = weight_dtype is not None and up_bias_U is not None
     config = fused_config(x_TE, mlp_width, activation, up_bias_U is not None)
     if config is None:
         act_TM = _activate_torch(hidden_TU, activation)
         dhidden_TU = _activate_backward_torch(dout_TE @ down_EM, hidden_TU, activation)
         partial_GU = dhidden_TU if bias_grad else None
     else:
-        from . import hopper_kernel
-
-        act_TM, dhidden_TU = x_TE.new_empty(tokens, mlp_width), x_TE.new_empty(tokens, len(up_UE))
-        rows = hopper_kernel.tile_rows(tokens)
-        partial_GU = x_TE.new_empty(rows, len(up_UE), dtype=torch.float32) if bias_grad else None
-        hopper_kernel.down_backward(
+        act_TM, dhidden_TU = x_TE.new_empty(tokens, mlp_width), x_TE.new_empty(tokens, up_UE.shape[0])
+        rows = _hopper().tile_rows(tokens)
+        partial_GU = x_TE.new_empty(rows, up_UE.shape[0], dtype=torch.float32) if bias_grad else None
+        _hopper().down_backward(
             dout_TE, down_EM, hidden_TU.contiguous(), act_TM, dhidden_TU, partial_GU, activation, config["down_chunk"],
             config["down_ahead"],
         )  # fmt: skip
-    ddown_EM = x_TE.new_empty(0) if weight_dtype is None else _weight_gradient(dout_TE, act_TM, weight_dtype)
+    ddown_EM = None if weight_dtype is None else weight_gradient(dout_TE, act_TM, weight_dtype)
     del act_TM  # frees what the next products write
-    dup_UE = x_TE.new_empty(0) if weight_dtype is None else _weight_gradient(dhidden_TU, x_TE, weight_dtype)
-    dup_bias_U = (
-        x_TE.new_empty(0, dtype=torch.float32) if partial_GU is None else partial_GU.sum(0, dtype=torch.float32)
-    )
-    down_bias = dout_TE if weight_grads and down_bias_grad else dout_TE[:, :0]
-    return dhidden_TU @ up_UE, dup_UE, ddown_EM, dup_bias_U, down_bias.sum(0, dtype=torch.float32)
+    dup_UE = None if weight_dtype is None else weight_gradient(dhidden_TU, x_TE, weight_dtype)
+    dup_bias_U = None if partial_GU is None else partial_GU.sum(0, dtype=torch.float32)
+    return dhidden_TU @ up_UE, dup_UE, ddown_EM, dup_bias_U

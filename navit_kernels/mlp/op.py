@@ -88,6 +88,8 @@ def _forward_kernel(
     out_TE, hidden_TU = kernel.feed_forward(
         x_TE, up_cast_UE, down_cast_EM, up_bias_U, down_bias_E, activation, keep_hidden
     )
+    if hidden_TU is None:
+        hidden_TU = x_TE.new_empty(0, up_UE.shape[0])
     if up_UE.dtype == x_TE.dtype:
         up_cast_UE, down_cast_EM = x_TE.new_empty(0), x_TE.new_empty(0)
     return out_TE, hidden_TU, up_cast_UE, down_cast_EM
@@ -110,11 +112,14 @@ def _backward_kernel(
     dout_TE: Tensor, x_TE: Tensor, hidden_TU: Tensor, up_UE: Tensor, down_EM: Tensor, up_bias_U: Tensor | None,
     activation: str, weight_dtype: torch.dtype | None, down_bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return dx, dup, ddown, and in float32 dup_bias and ddown_bias; empty what is not wanted."""
     from . import kernel
 
-    return kernel.feed_forward_backward(
-        dout_TE, x_TE, hidden_TU, up_UE, down_EM, up_bias_U, activation, weight_dtype, down_bias_grad
-    )
+    kept_TU = hidden_TU if hidden_TU.shape[0] == x_TE.shape[0] else None
+    grads = kernel.feed_forward_backward(dout_TE, x_TE, kept_TU, up_UE, down_EM, up_bias_U, activation, weight_dtype)
+    down_bias = dout_TE if weight_dtype is not None and down_bias_grad else dout_TE[:, :0]
+    dx_TE, dup_UE, ddown_EM, dup_bias_U = (x_TE.new_empty(0) if grad is None else grad for grad in grads)
+    return dx_TE, dup_UE, ddown_EM, dup_bias_U.float(), down_bias.sum(0, dtype=torch.float32)
 
 
 _feed_forward_backward = define("feed_forward_backward", _backward_kernel)

@@ -16,10 +16,12 @@ def feed_forward(
     activation: str = "gelu_tanh",
 ) -> Tensor:
     """Return f(x · upᵀ + up_bias) · downᵀ + down_bias."""
-    hidden_TU = linear(x_TE, up_UE, up_bias_U)
+    return linear(activate(linear(x_TE, up_UE, up_bias_U), activation), down_EM, down_bias_E)
+
+
+def activate(hidden_TU: Tensor, activation: str) -> Tensor:
+    """f of (T, U): (T, M)."""
     if activation == "swiglu":
         gate_TM, value_TM = hidden_TU.chunk(2, 1)
-        act_TM = silu(gate_TM) * value_TM
-    else:
-        act_TM = gelu(hidden_TU, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return linear(act_TM, down_EM, down_bias_E)
+        return silu(gate_TM) * value_TM
+    return gelu(hidden_TU, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -22,12 +22,14 @@ T tokens, S segments (images), E model width, G programs, N parameter gradients.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._jit import launch_kernel, multiprocessors, segment_of
+from .._jit import BoundKernel, multiprocessors, segment_of
 
 
 @triton.jit
@@ -45,14 +47,16 @@ def _store_tile(ptr, tile, offs_t, offs_e, mask_t, mask_e, E: tl.constexpr):
 @triton.jit(do_not_specialize=["tokens", "segments"])
 def forward_kernel(
     x_ptr, branch_ptr, weight_ptr, bias_ptr, layer_scale_ptr, keep_scale_ptr, cu_seqlens_ptr,
-    x_new_ptr, normed_ptr, rstd_ptr, mean_ptr, keep_ptr,
+    x_new_ptr, normed_ptr, stats_ptr,
     tokens, segments, eps,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
+    CENTRED: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """stats: rows of numbers per token: rstd, mean (if CENTRED) and keep (if there is a keep_scale)."""
     offs_t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_e = tl.arange(0, BLOCK_E)
     mask_t = offs_t < tokens
     mask_e = offs_e < E
+    tokens_64 = tokens.to(tl.int64)
 
     x = _load_tile(x_ptr, offs_t, offs_e, mask_t, mask_e, E)  # [ROWS, BLOCK_E]
     weight = tl.load(weight_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)  # [BLOCK_E]
@@ -64,37 +68,39 @@ def forward_kernel(
             offs_s = segment_of(offs_t, mask_t, cu_seqlens_ptr, segments)
             keep = tl.load(keep_scale_ptr + offs_s, mask=mask_t, other=0.0).to(tl.float32)  # [ROWS]
             branch *= keep[:, None]
-            tl.store(keep_ptr + offs_t, keep, mask=mask_t)
+            tl.store(stats_ptr + (1 + CENTRED) * tokens_64 + offs_t, keep, mask=mask_t)
         x_new = (x + branch).to(x_new_ptr.dtype.element_ty)
         _store_tile(x_new_ptr, x_new, offs_t, offs_e, mask_t, mask_e, E)
         x = x_new.to(tl.float32)
 
-    if mean_ptr is not None:
+    if CENTRED:
         mean = tl.sum(x, 1) / E  # [ROWS]
         x = tl.where(mask_e[None, :], x - mean[:, None], 0.0)
-        tl.store(mean_ptr + offs_t, mean, mask=mask_t)
+        tl.store(stats_ptr + tokens_64 + offs_t, mean, mask=mask_t)
     rstd = tl.rsqrt(tl.sum(x * x, 1) / E + eps)  # [ROWS]
     normed = x * rstd[:, None] * weight[None, :]
     if bias_ptr is not None:
         normed += tl.load(bias_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)[None, :]
 
-    tl.store(rstd_ptr + offs_t, rstd, mask=mask_t)
+    tl.store(stats_ptr + offs_t, rstd, mask=mask_t)
     _store_tile(normed_ptr, normed, offs_t, offs_e, mask_t, mask_e, E)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def backward_kernel(
-    d_x_new_ptr, d_normed_ptr, x_new_ptr, rstd_ptr, mean_ptr, keep_ptr, branch_ptr, weight_ptr, layer_scale_ptr,
-    dx_ptr, dbranch_ptr, dweight_ptr, dbias_ptr, dlayer_scale_ptr,
+    d_x_new_ptr, d_normed_ptr, x_new_ptr, stats_ptr, branch_ptr, weight_ptr, layer_scale_ptr,
+    dx_ptr, dbranch_ptr, partials_ptr,
     tokens,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, STRIDE: tl.constexpr,
+    CENTRED: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Program g takes the blocks g, g + G, … of ROWS tokens and writes row g of the partial sums."""
+    """Program g takes the blocks g, g + G, … of ROWS tokens and writes the partial sums partials[g], (N, E)."""
+    tokens_64 = tokens.to(tl.int64)
     offs_e = tl.arange(0, BLOCK_E)
     mask_e = offs_e < E
     weight = tl.load(weight_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)  # [BLOCK_E]
     dweight = tl.zeros([BLOCK_E], tl.float32)
-    if dbias_ptr is not None:
+    if BIAS:
         dbias = tl.zeros([BLOCK_E], tl.float32)
     if layer_scale_ptr is not None:
         layer_scale = tl.load(layer_scale_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
@@ -105,41 +111,42 @@ def backward_kernel(
         mask_t = offs_t < tokens
         d_normed = _load_tile(d_normed_ptr, offs_t, offs_e, mask_t, mask_e, E)  # [ROWS, BLOCK_E]
         unit = _load_tile(x_new_ptr, offs_t, offs_e, mask_t, mask_e, E)
-        rstd = tl.load(rstd_ptr + offs_t, mask=mask_t, other=0.0)  # [ROWS]
-        if mean_ptr is not None:
-            unit -= tl.load(mean_ptr + offs_t, mask=mask_t, other=0.0)[:, None]
+        rstd = tl.load(stats_ptr + offs_t, mask=mask_t, other=0.0)  # [ROWS]
+        if CENTRED:
+            unit -= tl.load(stats_ptr + tokens_64 + offs_t, mask=mask_t, other=0.0)[:, None]
         unit *= rstd[:, None]
 
         d_unit = d_normed * weight[None, :]
         dx = d_unit - unit * (tl.sum(d_unit * unit, 1) / E)[:, None]
-        if mean_ptr is not None:
+        if CENTRED:
             dx -= (tl.sum(d_unit, 1) / E)[:, None]
         dx *= rstd[:, None]
         if d_x_new_ptr is not None:
             dx += _load_tile(d_x_new_ptr, offs_t, offs_e, mask_t, mask_e, E)
         dweight += tl.sum(d_normed * unit, 0)
-        if dbias_ptr is not None:
+        if BIAS:
             dbias += tl.sum(d_normed, 0)
         _store_tile(dx_ptr, dx, offs_t, offs_e, mask_t, mask_e, E)
 
         if dbranch_ptr is not None:
             dbranch = dx
-            if keep_ptr is not None:
-                dbranch *= tl.load(keep_ptr + offs_t, mask=mask_t, other=0.0)[:, None]
+            if KEEP:
+                dbranch *= tl.load(stats_ptr + (1 + CENTRED) * tokens_64 + offs_t, mask=mask_t, other=0.0)[:, None]
             if layer_scale_ptr is not None:
                 branch = _load_tile(branch_ptr, offs_t, offs_e, mask_t, mask_e, E)
                 dlayer_scale += tl.sum(dbranch * branch, 0)
                 dbranch *= layer_scale[None, :]
             _store_tile(dbranch_ptr, dbranch, offs_t, offs_e, mask_t, mask_e, E)
 
-    offs = tl.program_id(0).to(tl.int64) * STRIDE + offs_e
-    tl.store(dweight_ptr + offs, dweight, mask=mask_e)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + offs, dbias, mask=mask_e)
+    sums_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * ((1 + BIAS + (layer_scale_ptr is not None)) * E) + offs_e
+    tl.store(sums_ptr, dweight, mask=mask_e)
+    if BIAS:
+        tl.store(sums_ptr + E, dbias, mask=mask_e)
     if layer_scale_ptr is not None:
-        tl.store(dlayer_scale_ptr + offs, dlayer_scale, mask=mask_e)
+        tl.store(sums_ptr + (1 + BIAS) * E, dlayer_scale, mask=mask_e)
 
 
+@functools.cache
 def choose_config(width: int) -> dict[str, int]:
     """Launch choice by model width: 8 channels of a row a thread, 1024 channels or one row a program.
 
@@ -149,6 +156,19 @@ def choose_config(width: int) -> dict[str, int]:
     """
     block = max(triton.next_power_of_2(width), 16)
     return {"BLOCK_E": block, "ROWS": max(1, 1024 // block), "num_warps": min(max(block // 256, 4), 16)}
+
+
+@functools.cache
+def bound_forward(width: int, centred: bool) -> BoundKernel:
+    return BoundKernel(forward_kernel, CENTRED=centred, E=width, **choose_config(width))
+
+
+@functools.cache
+def bound_backward(width: int, centred: bool, keep: bool, bias: bool) -> BoundKernel:
+    stages = 3 if width <= 2048 else 2
+    return BoundKernel(
+        backward_kernel, CENTRED=centred, KEEP=keep, BIAS=bias, E=width, STAGES=stages, **choose_config(width)
+    )
 
 
 def programs_of_backward(device: torch.device, width: int, bias: bool, layer_scale: bool) -> int:
@@ -182,14 +202,13 @@ def add_norm(
     normed_TE = x_TE.new_empty(tokens, width, dtype=out_dtype)
     stats_RT = x_TE.new_empty(1 + centred + has_keep, tokens, dtype=torch.float32)
     if tokens:
-        config = choose_config(width)
-        launch_kernel(
-            forward_kernel, (triton.cdiv(tokens, config["ROWS"]),),
-            x_TE.contiguous(), None if branch_TE is None else branch_TE.contiguous(),
-            weight_E, bias_E, layer_scale_E, keep_scale_S, cu_seqlens,
-            x_new_TE, normed_TE, stats_RT[0], stats_RT[1] if centred else None, stats_RT[-1] if has_keep else None,
-            tokens, len(keep_scale_S) if has_keep else 0, eps,
-            E=width, **config,
+        bound = bound_forward(width, centred)
+        bound(
+            (-(-tokens // bound.bound["ROWS"]),),
+            x_ptr=x_TE.contiguous(), branch_ptr=None if branch_TE is None else branch_TE.contiguous(),
+            weight_ptr=weight_E, bias_ptr=bias_E, layer_scale_ptr=layer_scale_E, keep_scale_ptr=keep_scale_S,
+            cu_seqlens_ptr=cu_seqlens, x_new_ptr=x_new_TE, normed_ptr=normed_TE, stats_ptr=stats_RT, tokens=tokens,
+            segments=0 if keep_scale_S is None else keep_scale_S.shape[0], eps=eps,
         )  # fmt: skip
     return x_new_TE, normed_TE, stats_RT
 
@@ -205,24 +224,19 @@ def add_norm_backward(
     centred: bool,
     has_bias: bool,
     branch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx, dbranch in branch_dtype (empty for None: it would be dx), and in float32 the rows dweight, dbias (if
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return dx, dbranch in branch_dtype (None for None: it would be dx), and in float32 the rows dweight, dbias (if
     has_bias) and dlayer_scale (if there is one). branch_TE is needed for dlayer_scale alone."""
     tokens, width = x_new_TE.shape
-    has_keep, has_layer_scale = len(stats_RT) > 1 + centred, layer_scale_E is not None
+    has_keep, has_layer_scale = stats_RT.shape[0] > 1 + centred, layer_scale_E is not None
     dx_TE = x_new_TE.new_empty(tokens, width)
-    dbranch_TE = x_new_TE.new_empty((0, width) if branch_dtype is None else (tokens, width), dtype=branch_dtype)
+    dbranch_TE = None if branch_dtype is None else x_new_TE.new_empty(tokens, width, dtype=branch_dtype)
     programs = programs_of_backward(x_new_TE.device, width, has_bias, has_layer_scale)
     partial_GNE = x_new_TE.new_empty(programs, 1 + has_bias + has_layer_scale, width, dtype=torch.float32)
-    partial_NGE = partial_GNE.transpose(0, 1)
-    launch_kernel(
-        backward_kernel, (programs,),
-        None if d_x_new_TE is None else d_x_new_TE.contiguous(), d_normed_TE.contiguous(), x_new_TE.contiguous(),
-        stats_RT[0], stats_RT[1] if centred else None, stats_RT[-1] if has_keep else None,
-        branch_TE.contiguous() if has_layer_scale else None, weight_E, layer_scale_E,
-        dx_TE, None if branch_dtype is None else dbranch_TE,
-        partial_NGE[0], partial_NGE[1] if has_bias else None, partial_NGE[-1] if has_layer_scale else None,
-        tokens,
-        E=width, STAGES=3 if width <= 2048 else 2, STRIDE=partial_GNE.stride(0), **choose_config(width),
+    bound_backward(width, centred, has_keep, has_bias)(
+        (programs,), d_x_new_ptr=None if d_x_new_TE is None else d_x_new_TE.contiguous(),
+        d_normed_ptr=d_normed_TE.contiguous(), x_new_ptr=x_new_TE.contiguous(), stats_ptr=stats_RT,
+        branch_ptr=branch_TE.contiguous() if branch_TE is not None and has_layer_scale else None, weight_ptr=weight_E,
+        layer_scale_ptr=layer_scale_E, dx_ptr=dx_TE, dbranch_ptr=dbranch_TE, partials_ptr=partial_GNE, tokens=tokens,
     )  # fmt: skip
     return dx_TE, dbranch_TE, partial_GNE.sum(0)

@@ -113,9 +113,10 @@ def _backward_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from . import kernel
 
-    return kernel.add_norm_backward(
+    dx_TE, dbranch_TE, parameters_NE = kernel.add_norm_backward(
         d_x_new_TE, d_normed_TE, x_new_TE, stats_RT, branch_TE, weight_E, layer_scale_E, centred, has_bias, branch_dtype
     )
+    return dx_TE, dx_TE.new_empty(0, dx_TE.shape[1]) if dbranch_TE is None else dbranch_TE, parameters_NE
 
 
 _add_norm_backward = define("add_norm_backward", _backward_kernel)

@@ -41,12 +41,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .._jit import launch_kernel, multiprocessors
 from .hopper_backward_keys import hopper_keys
 from .hopper_backward_queries import hopper_queries
-from .hopper_steps import parts, ragged_parts, shared_layout
+from .hopper_steps import numbers, parts, ragged_parts
 from .hopper_stream_steps import BLOCK
 
 # Up to a width, what fits registers: HOLD of hopper_keys and of hopper_queries, hopper_keys' OVERLAP, hopper_queries'
@@ -56,11 +55,6 @@ SCHEDULES = (
     (80, (False, True), True, 1),
     (128, (False, False), False, 1),
 )
-
-
-def numbers(x: Tensor) -> TensorDescriptor:
-    """Loads BLOCK float32 numbers."""
-    return TensorDescriptor(x, [x.numel()], [1], [BLOCK.value], shared_layout(0, 1, 32))
 
 
 def backward_stream(
@@ -78,21 +72,23 @@ def backward_stream(
     def descriptors(*names: str) -> dict:
         return {f"{name}_{c}": halves[f"{name}_{c}"] for c in (1, 2) for name in names}
 
+    rows_in, sizes_in = numbers(rows, BLOCK.value), numbers(sizes, BLOCK.value)
     items = call.items_of(index)
     grid = (min(items * call.heads, multiprocessors(call.q.device)),)
     common = dict(
-        **call.work(index), items=items, score_scale=call.score_scale, H=call.heads, D=call.width, D2=second,
-        K_NORM=norms.k_kind, FOLD=call.fold, REGISTERS=registers, num_warps=4,
+        **call.work(index), CLASS=index, ON_DEVICE=call.ends is None, items=items, score_scale=call.score_scale,
+        H=call.heads, D=call.width, D2=second, rows_in=rows_in, sizes_in=sizes_in, K_NORM=norms.k_kind,
+        FOLD=call.fold, REGISTERS=registers, num_warps=4,
     )  # fmt: skip
     launch_kernel(
         hopper_keys, grid,
-        **descriptors("k", "v", "dout", "dk", "dv"), u_1=halves["dq_1"], u_2=halves["dq_2"], rows_in=numbers(rows),
-        sizes_in=numbers(sizes), key_factor=call.key_factor, k_eps=norms.k_eps, STAGES=stages[0], HOLD=hold[0],
+        **descriptors("k", "v", "dout", "dk", "dv"), u_1=halves["dq_1"], u_2=halves["dq_2"],
+        key_factor=call.key_factor, k_eps=norms.k_eps, STAGES=stages[0], HOLD=hold[0],
         OVERLAP=overlap, **common,
     )  # fmt: skip
     launch_kernel(
         hopper_queries, grid,
-        **descriptors("k", "v", "q", "dout", "dq"), rows_in=numbers(rows), sizes_in=numbers(sizes),
+        **descriptors("k", "v", "q", "dout", "dq"),
         partials_ptr=partials, softmax_scale=call.softmax_scale, q_eps=norms.q_eps, **call.weights(),
         Q_NORM=norms.q_kind, WEIGHT_GRADS=weight_grads, SPLITS=splits, STAGES=stages[1], HOLD=hold[1], UNROLL=unroll,
         **common,

@@ -431,13 +431,21 @@ def hopper_backward_resident(
 
 @functools.lru_cache(1024)
 def bound_resident(
-    signature: Any, splits: int, weight_grads: bool, block: int, use_lse: bool, registers: int | None
+    signature: Any,
+    index: int,
+    on_device: bool,
+    splits: int,
+    weight_grads: bool,
+    block: int,
+    use_lse: bool,
+    registers: int | None,
 ) -> BoundKernel:
     _, second = parts(signature.width)
     options = {} if registers is None else dict(maxnreg=registers)
     return BoundKernel(
         hopper_backward_resident, **signature.norm_numbers, **signature.weights, **signature.scores,
-        **signature.score_gradients, H=signature.heads, D=signature.width, D2=second, WEIGHT_GRADS=weight_grads,
+        **signature.score_gradients, H=signature.heads, D=signature.width, D2=second, CLASS=index,
+        ON_DEVICE=on_device, WEIGHT_GRADS=weight_grads,
         SPLITS=splits, BLOCKS=block // ROWS.value, LEAVING=1 if second else 2, USE_LSE=use_lse, num_warps=4, **options,
     )  # fmt: skip
 
@@ -449,7 +457,7 @@ def backward_resident(
 ) -> None:  # fmt: skip
     tensors = dict(q=call.q, k=call.k, v=call.v, dout=dout, dq=dq, dk=dk, dv=dv)
     descriptors = ragged_parts(call.signature.width, ROWS.value, **tensors)
-    bound_resident(call.signature, splits, weight_grads, block, use_lse, registers)(
+    bound_resident(call.signature, index, call.ends is None, splits, weight_grads, block, use_lse, registers)(
         call.grid(index), **descriptors, **call.weight_pointers, **call.work(index), out_ptr=out, lse_ptr=lse,
         partials_ptr=partials,
     )  # fmt: skip

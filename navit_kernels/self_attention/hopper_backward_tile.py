@@ -261,13 +261,22 @@ def hopper_backward_tile(
 
 @functools.lru_cache(1024)
 def bound_tile(
-    signature: Any, splits: int, weight_grads: bool, block: int, warps: int, use_lse: bool, registers: int | None
+    signature: Any,
+    index: int,
+    on_device: bool,
+    splits: int,
+    weight_grads: bool,
+    block: int,
+    warps: int,
+    use_lse: bool,
+    registers: int | None,
 ) -> BoundKernel:
     _, second = parts(signature.width)
     options = {} if registers is None else dict(maxnreg=registers)
     return BoundKernel(
         hopper_backward_tile, **signature.norm_numbers, **signature.weights, **signature.scores,
-        **signature.score_gradients, H=signature.heads, D=signature.width, D2=second, WEIGHT_GRADS=weight_grads,
+        **signature.score_gradients, H=signature.heads, D=signature.width, D2=second, CLASS=index,
+        ON_DEVICE=on_device, WEIGHT_GRADS=weight_grads,
         SPLITS=splits, BLOCK=block, USE_LSE=use_lse, num_warps=warps, **options,
     )  # fmt: skip
 
@@ -278,6 +287,6 @@ def backward_tile(
 ) -> None:  # fmt: skip
     tensors = dict(q=call.q, k=call.k, v=call.v, dout=dout, dq=dq, dk=dk, dv=dv)
     descriptors = ragged_parts(call.signature.width, block, **tensors)
-    bound_tile(call.signature, splits, weight_grads, block, warps, use_lse, registers)(
+    bound_tile(call.signature, index, call.ends is None, splits, weight_grads, block, warps, use_lse, registers)(
         call.grid(index), **descriptors, **call.weight_pointers, **call.work(index), lse_ptr=lse, partials_ptr=partials
     )

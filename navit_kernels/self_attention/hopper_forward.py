@@ -27,6 +27,7 @@ T tokens, H heads, D head width.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from .._jit import launch_kernel, multiprocessors
+from .._jit import BoundKernel, multiprocessors
 from ..head_norm import NORM_CODES
 from ..plan import TILE as PLAN_TILE
 from .config import Launch
@@ -48,7 +49,7 @@ from .hopper_forward_steps import (
     stream_step,
     vector_sum,
 )
-from .hopper_steps import PART, describe, load_tile, parts, ragged_parts, segment_rows, shared_layout
+from .hopper_steps import PART, load_tile, numbers, parts, ragged_parts, segment_rows
 from .hopper_tile_steps import (
     column_parts,
     load_block,
@@ -422,30 +423,37 @@ def key_size_tiles(call: Any, index: int) -> Tensor:
     return call.q.new_empty((call.heads, slots, TILE.value), dtype=torch.float32)
 
 
+@functools.lru_cache(1024)
+def bound_stream(
+    signature: Any, index: int, on_device: bool, launch: Launch, save_lse: bool, fixed_max: bool
+) -> BoundKernel:
+    groups, norms = launch.warps // 4, dict(signature.norm_numbers)
+    del norms["k_eps"]  # key_sizes has seen to it
+    _, second = parts(signature.width)
+    threads = 32 * (launch.warps + 4)
+    spare = (launch.registers * threads - LOADER_REGISTERS.value * 128) // (groups * 128) // 8 * 8
+    return BoundKernel(
+        hopper_forward_stream, **norms, **signature.weights, **signature.scores, H=signature.heads, D=signature.width,
+        D2=second, CLASS=index, ON_DEVICE=on_device, SAVE_LSE=save_lse, TRY_FIXED_MAX=fixed_max, GROUPS=groups,
+        ROWS=launch.block_m // groups, BLOCK_N=launch.block_n, STAGES=launch.stages, SPARE=min(spare, 240), num_warps=4,
+        maxnreg=launch.registers,
+    )  # fmt: skip
+
+
 def forward_stream(
     call: Any, index: int, launch: Launch, out: Tensor, lse: Tensor, r_tiles: Tensor, save_lse: bool, fixed_max: bool
 ) -> None:
     """All items of the last class. launch: a row of the launch table; block_m: query rows of a program, TILE of them
     or an even part."""
-    norms = call.norms
-    groups = launch.warps // 4
+    width, groups = call.signature.width, launch.warps // 4
     rows = launch.block_m // groups
-    _, second = parts(call.width)
-    descriptors = ragged_parts(call.width, rows, q=call.q, out=out)
-    descriptors |= ragged_parts(call.width, launch.block_n, k=call.k, v=call.v)
-    r_descriptor = describe(r_tiles, [r_tiles.numel()], [1], [launch.block_n], shared_layout(0, 1, 32))
-    threads = 32 * (launch.warps + 4)
-    spare = (launch.registers * threads - LOADER_REGISTERS.value * 128) // (groups * 128) // 8 * 8
     (count,) = call.grid(index)
-    programs = min(count, multiprocessors(call.q.device) * (REGISTERS // (threads * launch.registers)))
-    held = call.items
-    if fixed_max and norms.k_kind == NORM_CODES[None]:  # of each work, and of all of each program's
+    most = multiprocessors(call.q.device) * (REGISTERS // (32 * (launch.warps + 4) * launch.registers))
+    programs, held = min(most, count), call.items
+    if fixed_max and call.norms.k_kind == NORM_CODES[None]:  # of each work, and of all of each program's
         held = call.q.new_empty((count + programs) * groups, dtype=torch.int32)
-    launch_kernel(
-        hopper_forward_stream, (programs,),
-        **descriptors, **call.weights(), **call.work(index), r_tiles=r_descriptor, count=count, slots=r_tiles.shape[1],
-        held_ptr=held, lse_ptr=lse, q_eps=norms.q_eps, fold_scale=call.fold_scale, score_scale=call.score_scale,
-        H=call.heads, D=call.width, D2=second, Q_NORM=norms.q_kind, K_NORM=norms.k_kind, FOLD=call.fold,
-        SAVE_LSE=save_lse, TRY_FIXED_MAX=fixed_max, GROUPS=groups, ROWS=rows, BLOCK_N=launch.block_n,
-        STAGES=launch.stages, SPARE=min(spare, 240), num_warps=4, maxnreg=launch.registers,
+    bound_stream(call.signature, index, call.ends is None, launch, save_lse, fixed_max)(
+        (programs,), **ragged_parts(width, rows, q=call.q, out=out),
+        **ragged_parts(width, launch.block_n, k=call.k, v=call.v), **call.weight_pointers, **call.work(index),
+        r_tiles=numbers(r_tiles, launch.block_n), count=count, slots=r_tiles.shape[1], held_ptr=held, lse_ptr=lse,
     )  # fmt: skip

@@ -373,13 +373,22 @@ def hopper_forward_tile(
 
 @functools.lru_cache(1024)
 def bound_tile(
-    signature: Any, save_lse: bool, block: int, chunk: int, warps: int, fixed_max: bool, registers: int | None
+    signature: Any,
+    index: int,
+    on_device: bool,
+    save_lse: bool,
+    block: int,
+    chunk: int,
+    warps: int,
+    fixed_max: bool,
+    registers: int | None,
 ) -> BoundKernel:
     _, second = parts(signature.width)
     options = {} if registers is None else dict(maxnreg=registers)
     return BoundKernel(
         hopper_forward_tile, **signature.norm_numbers, **signature.weights, **signature.scores, H=signature.heads,
-        D=signature.width, D2=second, SAVE_LSE=save_lse, BLOCK=block, CHUNK=chunk, num_warps=warps, **options,
+        D=signature.width, CLASS=index, ON_DEVICE=on_device, D2=second, SAVE_LSE=save_lse, BLOCK=block,
+        CHUNK=chunk, num_warps=warps, **options,
         TRY_FIXED_MAX=fixed_max and signature.bounds_scores and signature.norm_numbers["Q_NORM"] != 0,
     )  # fmt: skip
 
@@ -391,6 +400,6 @@ def forward_tile(
     signature = call.signature
     descriptors = ragged_parts(signature.width, 16 * warps, q=call.q)
     descriptors |= ragged_parts(signature.width, block, k=call.k, v=call.v)
-    bound_tile(signature, save_lse, block, chunk, warps, fixed_max, registers)(
+    bound_tile(signature, index, call.ends is None, save_lse, block, chunk, warps, fixed_max, registers)(
         call.grid(index), **descriptors, **call.weight_pointers, **call.work(index), out_ptr=out, lse_ptr=lse
     )

@@ -3,7 +3,7 @@
 A tile of rows has one or two column parts, so that a head width of 72 takes 64 + 16 columns and not 128: the first part
 has PART columns, the second D2 (0 where there is none). Columns past D are zeros and never written.
 
-Rows past a segment's end are no one's business: a ragged descriptor (`ragged`) zero-fills what is loaded there.
+Rows past a segment's end are no one's business: a ragged descriptor (`_ragged`) zero-fills what is loaded there.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .._descriptors import describe, fields
 
 PART = gl.constexpr(64)  # columns of the first part: 128 bytes, the widest that a swizzled tile of shared memory has
 ROWS_END = gl.constexpr(1 << 30)  # a ragged descriptor's rows end here
@@ -29,38 +32,49 @@ def parts(width: int) -> tuple[int, int]:
     return PART.value, 0 if rest <= 0 else max(16, 1 << (rest - 1).bit_length())
 
 
-@functools.cache  # built anew it would take half of a descriptor's time
+@functools.cache
 def shared_layout(columns: int, rank: int, bits: int = 16) -> Any:
     return gl.NVMMASharedLayout(swizzle_byte_width=columns * bits // 8, element_bitwidth=bits, rank=rank)
 
 
-def ragged(x_THD: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Loads (rows, columns) of a head; see `segment_rows` for the coordinates.
+@functools.lru_cache(1024)
+def _ragged(
+    dtype: torch.dtype, heads: int, width: int, strides: tuple[int, ...], rows: int
+) -> list[tuple[str, dict[str, Any] | None]]:
+    """By column part: its suffix, and what loads (rows, columns) of a head; see `segment_rows` for the coordinates.
 
     Its axes (wrap, end, head, row, column) reach the rows start + row of any segment while the row axis ends where the
     segment does: row ROWS_END − length + i after `end` tokens, wrapped back by 2^30·2^34 elements, which is 0 modulo
     2^64 bytes.
     """
-    stride, head = x_THD.stride(0), x_THD.stride(1)
-    shape = [0x7FFF0000, 0x7FFF0000, x_THD.shape[1], ROWS_END.value, x_THD.shape[2]]
-    strides = [2**34 - stride, stride, head, stride, 1]
-    return describe(x_THD, shape, strides, [1, 1, 1, rows, columns], shared_layout(columns, 5))
+    stride, head, _ = strides
+    shape, strides = (0x7FFF0000, 0x7FFF0000, heads, ROWS_END.value, width), (2**34 - stride, stride, head, stride, 1)
+    return [
+        (
+            f"_{i}",
+            fields(dtype, shape, strides, (1, 1, 1, rows, columns), shared_layout(columns, 5)) if columns else None,
+        )
+        for i, columns in enumerate(parts(width), 1)
+    ]
 
 
 def ragged_parts(width: int, rows: int, **tensors: Tensor) -> dict[str, TensorDescriptor | None]:
-    """name_1 and name_2, `ragged` of the column parts of (T, H, D) tensors; name_2 is None where there is but one."""
+    """name_1 and name_2, of the column parts of (T, H, D) tensors; name_2 is None where there is but one."""
     return {
-        f"{name}_{i}": ragged(x, rows, columns) if columns else None
-        for i, columns in enumerate(parts(width), 1)
+        name + part: None if shared is None else describe(x, shared)
         for name, x in tensors.items()
+        for part, shared in _ragged(x.dtype, x.shape[1], width, x.stride(), rows)
     }
 
 
-def describe(base: Tensor, shape: list[int], strides: list[int], block: list[int], layout: Any) -> TensorDescriptor:
-    """A TensorDescriptor without its own checks, which take the host as long as a launch; `tma_reaches` made them."""
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.__dict__.update(base=base, shape=shape, strides=strides, block_shape=block, layout=layout)
-    return descriptor
+def numbers(x: Tensor, block: int) -> TensorDescriptor:
+    """Loads `block` float32 numbers."""
+    return describe(x, _numbers(x.numel(), block))
+
+
+@functools.lru_cache(1024)
+def _numbers(count: int, block: int) -> dict[str, Any]:
+    return fields(torch.float32, (count,), (1,), (block,), shared_layout(0, 1, 32))
 
 
 @gluon.jit

@@ -130,10 +130,10 @@ class Launcher:
         return min(segments, self.items.shape[0])
 
     def work(self, index: int) -> dict:
-        """The arguments that say which items a launch works on."""
+        """The arguments that say which items a launch works on, beside CLASS and ON_DEVICE."""
         return dict(
             items_ptr=self.items, offsets_ptr=self.offsets, first_item=0 if self.ends is None else self.ends[index],
-            tokens=self.q.shape[0], tokens_k=self.k.shape[0], CLASS=index, ON_DEVICE=self.ends is None,
+            tokens=self.q.shape[0], tokens_k=self.k.shape[0],
         )  # fmt: skip
 
     def rows(self, **tensors: Tensor) -> dict:
@@ -153,13 +153,13 @@ class Launcher:
 
 
 @functools.lru_cache(1024)
-def bound_forward(signature: Signature, index: int, gluon: bool, save_lse: bool) -> BoundKernel:
+def bound_forward(signature: Signature, index: int, on_device: bool, gluon: bool, save_lse: bool) -> BoundKernel:
     """The portable forward of a class."""
     config, rows = signature.config(index, gluon), rows_of_class(index)
     launch = config.forward
     common = dict(
         **signature.strides, **signature.weights, **signature.shape, **signature.norm_numbers, **signature.scores,
-        SAVE_LSE=save_lse, PRECISION=signature.precision, **compile_options(launch),
+        CLASS=index, ON_DEVICE=on_device, SAVE_LSE=save_lse, PRECISION=signature.precision, **compile_options(launch),
     )  # fmt: skip
     if launch.kernel == "tile":
         return BoundKernel(kernel.forward_tile, BLOCK=launch.block_m, **common)
@@ -194,7 +194,9 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor | None, Tens
             )  # fmt: skip
             continue
         if launch.kernel == "tile":
-            bound_forward(signature, index, gluon, save_lse)(call.grid(index), **tensors, **call.work(index))
+            bound_forward(signature, index, call.ends is None, gluon, save_lse)(
+                call.grid(index), **tensors, **call.work(index)
+            )
             continue
         r_tiles = None
         if launch.kernel == "hopper_stream":
@@ -210,7 +212,7 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor | None, Tens
             fixed_max = config.fixed_max and signature.wide_range
             hopper_forward.forward_stream(call, index, launch, out, lse_or_any, r_tiles, save_lse, fixed_max)
             continue
-        bound_forward(signature, index, gluon, save_lse)(
+        bound_forward(signature, index, call.ends is None, gluon, save_lse)(
             call.grid(index, rows_of_class(index) // launch.block_m),
             **tensors,
             **call.work(index),
@@ -225,17 +227,18 @@ def programs_per_item(index: int, config: ClassConfig) -> int:
 
 
 @functools.lru_cache(1024)
-def bound_key_sizes(signature: Signature, index: int, tiles: bool) -> BoundKernel:
+def bound_key_sizes(signature: Signature, index: int, on_device: bool, tiles: bool) -> BoundKernel:
     norms = signature.norm_numbers
     names = ("UNIT", "k_stride_t", "k_stride_h")
     return BoundKernel(
         kernel.key_sizes, **{name: signature.strides[name] for name in names}, **signature.shape,
-        k_eps=norms["k_eps"], K_NORM=norms["K_NORM"], ROWS=rows_of_class(index), TILES=tiles, num_warps=4,
+        k_eps=norms["k_eps"], K_NORM=norms["K_NORM"], CLASS=index, ON_DEVICE=on_device, ROWS=rows_of_class(index),
+        TILES=tiles, num_warps=4,
     )  # fmt: skip
 
 
 def key_sizes(call: Launcher, index: int, r: Tensor, r_tiles: Tensor | None = None) -> None:
-    bound_key_sizes(call.signature, index, r_tiles is not None)(
+    bound_key_sizes(call.signature, index, call.ends is None, r_tiles is not None)(
         call.grid(index), k_ptr=call.k, **call.work(index), r_ptr=r, r_tiles_ptr=r if r_tiles is None else r_tiles,
         slots=0 if r_tiles is None else r_tiles.shape[1],
     )  # fmt: skip
@@ -285,7 +288,8 @@ def backward(
                 use_lse=config.forward.kernel != "stream" or config.normalize_keys, registers=launch.registers,
             )  # fmt: skip
             continue
-        base = dict(**call.shape, **call.work(index), **compile_options(launch))
+        work = dict(**call.work(index), CLASS=index, ON_DEVICE=call.ends is None)
+        base = dict(**call.shape, **work, **compile_options(launch))
         if launch.kernel in ("tile", "resident"):
             common = dict(
                 **base, **inputs, **call.outputs(dq=dq, dk=dk, dv=dv), **call.weights(), **grads, **call.norm_numbers,
@@ -323,7 +327,7 @@ def backward(
         block, warps = PREPARE[call.bits]
         launch_kernel(
             kernel_backward.backward_prepare, call.grid(index, rows // block),
-            **call.shape, **call.work(index), **inputs, **call.outputs(dq=dq), **call.weights(), **call.norm_numbers,
+            **call.shape, **work, **inputs, **call.outputs(dq=dq), **call.weights(), **call.norm_numbers,
             **score, out_ptr=out, lse_ptr=lse, r_ptr=r_or_any, rows_ptr=row_numbers, sizes_ptr=sizes,
             fold_scale=call.fold_scale, CENTRE=norms.k_kind == NORM_CODES["layer_norm"] and not normalize_keys,
             ROWS=rows, BLOCK=block, PADDED=launch.block_m if hopper else 0, num_warps=warps,

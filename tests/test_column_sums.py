@@ -1,0 +1,54 @@
+"""Sums over tokens: exact as torch's, the same every time."""
+
+import pytest
+import torch
+from ahead_of_time import assert_fits
+from torch import Tensor
+
+from navit_kernels.testing import assert_error_within
+
+SHAPES = [(0, 24), (1, 8), (17, 24), (300, 264), (3000, 768)]
+
+
+def draw(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Tensor:
+    return (0.5 + torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(device, dtype)
+
+
+def assert_sums(x_TN: Tensor) -> None:
+    from navit_kernels._column_sums import column_sums
+
+    actual = column_sums(x_TN)
+    assert actual.dtype == torch.float32
+    assert_error_within(actual, x_TN.double().sum(0), x_TN.sum(0, dtype=torch.float32))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_sums_are_those_of_float64(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    assert_sums(draw(shape, dtype))
+
+
+@pytest.mark.interpreter
+def test_rows_need_not_lie_one_after_another() -> None:
+    assert_sums(draw((40, 48), torch.float32)[:, 8:32])
+
+
+@pytest.mark.compile_only
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_the_kernel_fits_without_spills(arch: str) -> None:
+    from navit_kernels._column_sums import column_sums
+
+    for dtype in (torch.bfloat16, torch.float32):
+        assert_fits(arch, lambda dtype=dtype: column_sums(draw((3000, 2304), dtype, "meta")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*SHAPES, (32961, 2304)], ids=str)
+def test_gpu_sums_are_those_of_float64_and_repeat(shape: tuple[int, int]) -> None:
+    from navit_kernels._column_sums import column_sums
+
+    x_TN = draw(shape, device="cuda")
+    assert_sums(x_TN)
+    first = column_sums(x_TN)
+    assert all(torch.equal(column_sums(x_TN), first) for _ in range(5))
