@@ -1,7 +1,8 @@
 """transformers' vision towers before and after.
 
 Siglip2 NaFlex gets images at their own sizes, padded to the largest of the batch; "before" is its sdpa. "packed" cuts
-its patches from uint8 images inside the step; the others get patches that were cut before.
+its patches from uint8 images inside the step; the others get patches that were cut before. "captured" is "packed" as
+one CUDA graph, for a single image.
 Qwen2.5-VL's tower as shipped calls sdpa window by window; "torch_varlen" gives it torch's varlen_attn instead.
 Its attention alone, 7 windowed layers to 1 over whole images, is chained: each layer's output is the next one's values.
 There, "before" is varlen_attn.
@@ -17,6 +18,7 @@ from integration_cases import Case, Grids, Side, kept
 from torch import Tensor, nn
 
 from navit import pack
+from navit.graphs import Captured, pad_pack
 from navit.integrations.siglip2 import from_transformers
 from navit.integrations.transformers import NAME, attention, register
 
@@ -76,11 +78,17 @@ def siglip2(size: str, grids: Grids, device: str, small: bool) -> dict[str, Side
     named = nn.ModuleDict(
         {"post_layernorm": packed.norm, "packed": packed}
     )  # a name on both sides, to compare gradients
-    return {
+    sides = {
         "before": Side(padded, lambda: padded(**inputs).pooler_output),
         "flash_navit": Side(unpadded, lambda: unpadded(**inputs).pooler_output),
         "packed": Side(named, lambda: packed(whole)),
     }
+    if size == "so400m" and device == "cuda" and len(images) == 1:
+        (budgeted,) = pack([images[0].cpu()], int(lengths), image_budget=1, **packed.config.pack_options)
+        fixed = pad_pack(budgeted, image_budget=1).to(device)
+        replay = functools.cache(lambda: Captured(packed, fixed))  # under the step's autocast
+        sides["captured"] = Side(named, lambda: replay()(fixed)[:1].clone())
+    return sides
 
 
 @kept
