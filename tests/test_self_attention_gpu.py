@@ -433,6 +433,7 @@ def test_gpu_graph_replays_with_new_lengths(width: int, planned: bool) -> None:
         replace(MAIN, lengths=EVERY_CLASS, planned=False),
         replace(MAIN, lengths=EVERY_CLASS, width=72),
         replace(MAIN, lengths=EVERY_CLASS, width=128, planned=False),
+        replace(MAIN, lengths=EVERY_CLASS, q_kind=None, k_kind=None, spread=30.0),
         replace(MAIN, lengths=(17, 0, 270), dtype=FP32),
         CROSS,
     ],
