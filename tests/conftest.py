@@ -5,9 +5,12 @@ import os
 
 import pytest
 import torch
+from exact_interpreter import patch_language_once
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
+if INTERPRETING:
+    patch_language_once()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers already fill the cores
 
