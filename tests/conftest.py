@@ -6,12 +6,12 @@ import re
 
 import pytest
 import torch
-from exact_interpreter import patch_language_once
+from exact_interpreter import spare_needless_work
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETING:
-    patch_language_once()
+    spare_needless_work()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers already fill the cores
 
