@@ -114,6 +114,16 @@ def assert_fits(arch: str, launch: Callable[[], object]) -> list[Compiled]:
     return compiled
 
 
+def assert_products_are_asynchronous(compiled: Compiled, at_least: int = 1) -> None:
+    """So many products on wgmma, and a wait for each that the code waits for: the compiler can serialize them, with a
+    wait after every instruction. Every way to a product writes its matrix descriptors."""
+    ptx, code = compiled.asm["ptx"], machine_code(compiled)
+    assert ptx.count("wgmma.mma_async") >= at_least, compiled.name
+    assert "HGMMA" in code, compiled.name
+    assert code.count("WARPGROUP.DEPBAR") <= ptx.count("wgmma.wait_group"), compiled.name
+    assert unwritten_descriptors(code) == [], compiled.name
+
+
 def unwritten_descriptors(code: str) -> list[str]:
     """The products of sm_90 machine code whose matrix descriptors, four uniform registers, not every way there writes.
 

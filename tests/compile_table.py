@@ -14,7 +14,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-from ahead_of_time import ARCHS, SHARED_MEMORY_LIMIT, Compiled, compile_launches
+from ahead_of_time import (
+    ARCHS,
+    SHARED_MEMORY_LIMIT,
+    Compiled,
+    compile_launches,
+    machine_code,
+    unwritten_descriptors,
+)
 from attention_checks import BF16, FP16, FP32, Case
 from torch import Tensor
 
@@ -102,14 +109,19 @@ def main() -> None:
                     for one in compile_class(arch, index, width, DTYPES[name], kind):
                         allowed = launches[one.name].spills if one.name in launches else 0
                         faulty = one.spills > allowed or one.shared > SHARED_MEMORY_LIMIT[arch]
+                        if "wgmma" in one.asm.get("ptx", ""):
+                            faulty |= unwritten_descriptors(machine_code(one)) != []
                         faults += faulty
                         print(
                             f"{arch:6} {width:3} {name:5} {tokens:6} {one.name:18} {one.registers:9} {one.spills:6} "
-                            f"{one.shared:7} {matrix_instructions(one)}{'  <- does not fit' if faulty else ''}",
+                            f"{one.shared:7} {matrix_instructions(one)}{'  <- faulty' if faulty else ''}",
                             flush=True,
                         )
     sys.exit(
-        f"{faults} kernels spill more than the table says or take more shared memory than there is" if faults else 0
+        f"{faults} kernels spill more than the table says, take more shared memory than there is or multiply by matrix "
+        "descriptors that nobody wrote"
+        if faults
+        else 0
     )
 
 

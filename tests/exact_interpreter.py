@@ -8,7 +8,8 @@ Here all products are summed in float64: what is left of a kernel's error is the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -49,3 +50,23 @@ def exact_interpreter() -> Iterator[None]:
     changes = {"cast_impl": cast_impl, "create_dot": create_dot}
     with mock.patch.multiple(InterpreterBuilder, **changes), mock.patch.object(np, "nanargmin", np.argmin):
         yield
+
+
+def spare_needless_work() -> None:
+    """Triton's language stays patched while a kernel runs; the interpreter patches it anew in every call of a jit
+    function inside. It also computes whether each sum and product of integers overflows, and does not look: only where
+    its option debug is set. The two take two thirds of its time."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    patch_lang = interpreter._patch_lang
+
+    def patch(fn: Callable) -> Any:
+        languages = [x for x in fn.__globals__.values() if x is interpreter.tl or x is interpreter.tl.core]
+        if languages and not any(interpreter.tl.core.is_builtin(language.load) for language in languages):
+            return interpreter._LangPatchScope()
+        return patch_lang(fn)
+
+    interpreter._patch_lang = patch

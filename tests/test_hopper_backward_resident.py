@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches, machine_code
+from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, assert_products_are_asynchronous, compile_launches
 from attention_checks import BF16, FP16, Case
 from compile_table import call_on_meta
 from test_hopper_backward_tile import PER_MULTIPROCESSOR
@@ -52,8 +52,4 @@ def test_two_programs_fit_side_by_side(case: Case, use_lse: bool, spills: int) -
     assert one.registers * 32 * 4 * 2 <= 1 << 16
     assert one.shared <= SHARED_MEMORY_LIMIT["sm_90"]
     assert (one.shared + 1024) * 2 <= PER_MULTIPROCESSOR
-    # all seven products on wgmma, and no wait that the code does not ask for: the compiler can serialize them
-    code = machine_code(one)
-    assert one.asm["ptx"].count("wgmma.mma_async") >= 7 * 4
-    assert "HGMMA" in code
-    assert code.count("WARPGROUP.DEPBAR") <= one.asm["ptx"].count("wgmma.wait_group")
+    assert_products_are_asynchronous(one, at_least=7 * 4)

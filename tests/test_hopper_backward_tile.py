@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, compile_launches, machine_code
+from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, assert_products_are_asynchronous, compile_launches
 from attention_checks import BF16, FP16, Case
 from compile_table import call_on_meta
 
@@ -49,21 +49,12 @@ def compile_case(case: Case, block: int, warps: int, use_lse: bool = True) -> Co
     ],
     ids=str,
 )
-def test_programs_fit_side_by_side(case: Case, block: int, warps: int, programs: int, spills: int) -> None:
+def test_programs_fit_and_products_are_asynchronous(
+    case: Case, block: int, warps: int, programs: int, spills: int
+) -> None:
     one = compile_case(case, block, warps, use_lse=case.width != 72)
     assert one.spills <= spills, f"spills {one.spills} bytes"
     assert one.registers * 32 * warps * programs <= 1 << 16
     assert one.shared <= SHARED_MEMORY_LIMIT["sm_90"]
     assert (one.shared + 1024) * programs <= PER_MULTIPROCESSOR
-
-
-@pytest.mark.compile_only
-@pytest.mark.parametrize("width", [64, 72])
-def test_products_are_asynchronous(width: int) -> None:
-    """All five products on wgmma, and a wait for each that the code waits for: the compiler can serialize them, with a
-    wait after every instruction."""
-    one = compile_case(Case((128,), 16, width, BF16), 128, 8)
-    code = machine_code(one)
-    assert one.asm["ptx"].count("wgmma.mma_async") >= 5 * 4
-    assert "HGMMA" in code
-    assert code.count("WARPGROUP.DEPBAR") <= one.asm["ptx"].count("wgmma.wait_group")
+    assert_products_are_asynchronous(one, at_least=5 * 4)

@@ -7,8 +7,6 @@ from ahead_of_time import machine_code, unwritten_descriptors
 from attention_checks import BF16
 from compile_table import compile_class
 
-from navit_kernels.plan import CLASSES
-
 CODE = """
         /*0000*/                   UMOV UR4, 0x1 ;
         /*0010*/                   UIADD3.64 UR6, UR4, 0x2, URZ ;
@@ -27,9 +25,9 @@ def test_a_descriptor_that_one_way_leaves_unwritten_is_found() -> None:
 
 
 @pytest.mark.compile_only
-@pytest.mark.parametrize("width", [64, 72, 128])
-@pytest.mark.parametrize("index", [1, 2, 3, CLASSES - 1])
-def test_every_descriptor_is_written(width: int, index: int) -> None:
+@pytest.mark.parametrize(("index", "width"), [(1, 72), (1, 128), (3, 128)])
+def test_every_descriptor_is_written(index: int, width: int) -> None:
+    """Of what no test of a kernel of Hopper's compiles; those ask for it too, by assert_products_are_asynchronous."""
     for one in compile_class("sm_90", index, width, BF16, "layer_norm"):
         if "wgmma" in one.asm["ptx"]:
             assert unwritten_descriptors(machine_code(one)) == [], one.name

@@ -323,9 +323,7 @@ def test_programs_fit_and_products_are_asynchronous(case: Case, spills: int) -> 
 
 
 @pytest.mark.compile_only
-@pytest.mark.parametrize(
-    "case", [Case("gelu", 24, 40), Case("swiglu", 72, 136), Case("swiglu", bias=False)], ids=name_of
-)
+@pytest.mark.parametrize("case", [Case("gelu", 24, 40), Case("swiglu", 72, 136, bias=False)], ids=name_of)
 def test_launches_that_no_table_chooses_compile(case: Case) -> None:
     for one in compile_launches("sm_90", lambda: launch_on_meta(case, UNCHOSEN)):
         assert one.shared <= SHARED_MEMORY_LIMIT["sm_90"]
