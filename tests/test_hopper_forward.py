@@ -55,7 +55,7 @@ def compile_case(case: Case) -> Compiled:
         Case((300,), 16, 64, BF16, None, None),
         Case((300,), 16, 72, BF16),
         Case((300,), 16, 80, FP16),
-        Case((300,), 8, 128, BF16, bias=False),
+        Case((300,), 8, 128, BF16),
         Case((300,), 8, 96, BF16, None, "rms_norm"),
     ],
     ids=str,

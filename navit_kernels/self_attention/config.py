@@ -162,7 +162,7 @@ WIDE = (  # from 88 to 128, measured at 128 with 8 heads
     ),
     ClassConfig(
         Launch("stream", 64, 64, 4, 3, measured="U256 405 + 59; 2 stages 445"),
-        Launch("stream", 32, 64, 4, 3, measured="U256 556; 64 queries, 128 keys, 8 warps 628"),
+        Launch("stream", 32, 64, 4, 3, spills=64, measured="U256 556; 64 queries, 128 keys, 8 warps 628"),
         Launch("stream", 64, 64, 4, 2, measured="U256 581; 128 queries, 8 warps 667"),
     ),
     ClassConfig(
@@ -226,7 +226,7 @@ HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (1, 3): Launch(
         "hopper_resident", 256, 64, 4, 1, spills=256, measured="on an H200 U256 926, pt mix 682; portable 1701, 1414"
     ),
-    (2, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 356; portable 624"),
+    (2, 1): Launch("hopper_tile", 64, 64, 4, 1, spills=32, measured="U64 356; portable 624"),
     (2, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=256, measured="U128 437; portable 899"),
     (0, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=128, measured="ft 650, U4096 3189; portable 913, 4203"),
     (1, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192, measured="ft 1028, U4096 4480; portable 1397, 6000"),
