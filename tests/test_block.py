@@ -15,9 +15,10 @@ from navit_kernels import (
     PackPlan,
     plan_pack,
 )
-from navit_kernels import block as module
-from navit_kernels._block_by_ops import by_ops
-from navit_kernels.block import Options, Parameters, _takes, block
+from navit_kernels import _block_passes as passes
+from navit_kernels import block as op
+from navit_kernels._block_reference import block as by_ops
+from navit_kernels.block import Options, Parameters, block
 from navit_kernels.head_norm import NORM_CODES
 from navit_kernels.testing import assert_error_within
 
@@ -96,7 +97,7 @@ def as_node(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What `block` does on a GPU; on CPU tensors, with Triton interpreting."""
     work = (plan.items, plan.offsets, plan.host_offsets, cu_seqlens, keep_1, keep_2)
-    return module._Block.apply(o, x_TE, normed_TE, *work, *p)
+    return op._Block.apply(o, x_TE, normed_TE, *work, *p)
 
 
 def results(case: Case, run: Any, device: str = "cpu", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -191,11 +192,11 @@ def test_what_torch_compile_is_told_is_what_the_kernels_give(case: Case) -> None
 
     for trained in (False, True):
         inputs = (x_TE, normed_TE, *shared, trained)
-        outputs = module._registered_forward(module._kernels, *inputs)
+        outputs = op._registered_forward(passes.kernels, *inputs)
         assert kinds(outputs) == kinds(torch.ops.navit_kernels.block(*on_meta(inputs)))
     for weight_grads in (False, True):
         inputs = (x_TE, normed_TE, outputs[0], normed_TE, *outputs[2:], *shared, weight_grads)
-        gradients = module._registered_backward(module._kernels, *inputs)
+        gradients = op._registered_backward(passes.kernels, *inputs)
         assert kinds(gradients) == kinds(torch.ops.navit_kernels.block_backward(*on_meta(inputs)))
 
 
@@ -208,9 +209,9 @@ def test_what_the_kernels_do_not_have_is_not_taken() -> None:
     ):  # fmt: skip
         case = Case(**changes)
         x_TE, normed_TE, parameters, options, _ = case.inputs(LENGTHS, device)
-        assert _takes(x_TE, normed_TE, parameters, options.heads) == taken, (device, changes)
+        assert op._takes(x_TE, normed_TE, parameters, options.heads) == taken, (device, changes)
     mixed = parameters._replace(up=parameters.up.to(torch.bfloat16))
-    assert not _takes(normed_TE.float(), normed_TE.float(), mixed, options.heads)
+    assert not op._takes(normed_TE.float(), normed_TE.float(), mixed, options.heads)
 
 
 # On a GPU

@@ -219,7 +219,7 @@ HOPPER_FORWARD = {
 HOPPER_BACKWARD = {  # Gluon, by (NARROW, MIDDLE or WIDE; class)
     (0, 0): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U32 488, on the pt mix 31; portable 495, 54"),
     (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 128, 128, measured="U64 325; uncapped 337, portable 507"),
-    (0, 2): Launch("hopper_tile", 128, 128, 4, 1, None, 320, measured="U128 367; 8 warps 547, portable 852"),
+    (0, 2): Launch("hopper_tile", 128, 128, 4, 1, None, 416, measured="U128 367; 8 warps 547, portable 852"),
     (0, 3): Launch("hopper_resident", 256, 64, 4, 1, spills=64, measured="U256 662, pt mix 490; portable 1105, 839"),
     (1, 1): Launch("hopper_tile", 64, 64, 4, 1, measured="U64 423; portable 875"),
     (1, 2): Launch("hopper_tile", 128, 128, 8, 1, spills=64, measured="U128 646; 4 warps 681, portable 1141"),

@@ -1,30 +1,31 @@
-"""What `block` computes, of the public ops: what runs on a CPU, and wherever the one op does not."""
+"""The meaning of block, in public ops: what runs on a CPU, and wherever the one op does not.
+
+T tokens, S images, E model width, H heads, D head width.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ._block_arguments import Options, Parameters
 from .head_norm import NORM_CODES, HeadNorm
 from .mlp import feed_forward
 from .plan import PackPlan
 from .residual_norm import add_norm
 from .self_attention import varlen_attention_qkvpacked
 
-if TYPE_CHECKING:
-    from .block import Options, Parameters
-
 KINDS = {code: kind for kind, code in NORM_CODES.items()}
 
 
-def by_ops(
+def block(
     x_TE: Tensor, normed_TE: Tensor, p: Parameters, o: Options, cu_seqlens: Tensor, plan: PackPlan | None,
     keep_1: Tensor | None = None, keep_2: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `block`, on any device."""
+    """As block.block, on any device."""
     dtype = normed_TE.dtype
 
     def cast(tensor: Tensor | None) -> Any:
