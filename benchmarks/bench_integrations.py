@@ -20,7 +20,7 @@ from typing import Any
 import peers
 import torch
 from harness import Row, assert_same_function, gate, parse_options, parser, print_table, synchronize, write_results
-from integration_cases import DIRECTIONS, IMAGES, Grids, Side, all_cases, forget
+from integration_cases import DIRECTIONS, IMAGES, Case, Grids, Side, all_cases, forget
 from torch import Tensor
 
 from navit_kernels.testing import image_grids
@@ -159,13 +159,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--cases", **listed, default=list(cases), help="by default all")
     options.add_argument("--images", **listed, default=list(IMAGES))
     options.add_argument("--directions", **listed, default=list(DIRECTIONS))
+    options.add_argument("--contenders", **listed, help="beside each case's first; by default all")
     options = parse_options(options, arguments)
     rows: list[Row] = []
+
+    def build(case: Case, grids: Grids) -> dict[str, Side]:
+        first, *others = case.build(grids, options.device, options.smoke).items()
+        return dict([first, *(side for side in others if options.contenders is None or side[0] in options.contenders)])
+
     for name in options.cases:
         case = cases[name]
         directions = [way for way in options.directions if way in case.directions]
         try:
-            sides = case.build([(3, 5), (1, 1), (8, 4), (2, 7)], options.device, options.smoke)
+            sides = build(case, [(3, 5), (1, 1), (8, 4), (2, 7)])
         except peers.PeerMissing as error:
             print(f"without {name}: {error}")
             continue
@@ -176,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             grids = [(4, 4), (2, 3)] if options.smoke else grids_of(images, case.patch_size)
             del sides
             clear(options.device)
-            sides = case.build(grids, options.device, options.smoke)
+            sides = build(case, grids)
             for direction in directions:
                 for contender, side in sides.items():
                     if time.monotonic() > options.deadline:
