@@ -151,7 +151,7 @@ MIDDLE = (  # 72 and 80, in column parts of 64 and 16, measured at 72
     ),
 )
 WIDE = (  # from 88 to 128, measured at 128 with 8 heads
-    ClassConfig(Launch("tile", 32, 32, 4, 1), Launch("tile", 32, 32, 4, 1)),
+    ClassConfig(Launch("tile", 32, 32, 4, 1), Launch("tile", 32, 32, 4, 1, spills=16)),
     ClassConfig(
         Launch("tile", 64, 64, 4, 1, measured="U64 207; 8 warps 230"),
         Launch("tile", 64, 64, 4, 1, measured="U64 735; 8 warps 880, resident 1068"),
@@ -163,7 +163,7 @@ WIDE = (  # from 88 to 128, measured at 128 with 8 heads
     ClassConfig(
         Launch("stream", 64, 64, 4, 3, measured="U256 405 + 59; 2 stages 445"),
         Launch("stream", 32, 64, 4, 3, spills=64, measured="U256 556; 64 queries, 128 keys, 8 warps 628"),
-        Launch("stream", 64, 64, 4, 2, measured="U256 581; 128 queries, 8 warps 667"),
+        Launch("stream", 64, 64, 4, 2, spills=32, measured="U256 581; 128 queries, 8 warps 667"),
     ),
     ClassConfig(
         Launch("stream", 64, 64, 4, 3, measured="ft 717; 2 stages 771, running maximum 734"),
