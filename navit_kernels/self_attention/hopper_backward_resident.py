@@ -44,7 +44,7 @@ from .hopper_resident_steps import (
     sums_by_thread,
     widen_all,
 )
-from .hopper_steps import PART, parts, ragged_parts
+from .hopper_steps import PART, bind, parts, ragged_parts
 from .hopper_tile_steps import (
     affine_rows,
     column_parts,
@@ -431,22 +431,14 @@ def hopper_backward_resident(
 
 @functools.lru_cache(1024)
 def bound_resident(
-    signature: Any,
-    index: int,
-    on_device: bool,
-    splits: int,
-    weight_grads: bool,
-    block: int,
-    use_lse: bool,
+    signature: Any, index: int, on_device: bool, splits: int, weight_grads: bool, block: int, use_lse: bool,
     registers: int | None,
-) -> BoundKernel:
+) -> BoundKernel:  # fmt: skip
     _, second = parts(signature.width)
-    options = {} if registers is None else dict(maxnreg=registers)
-    return BoundKernel(
-        hopper_backward_resident, **signature.norm_numbers, **signature.weights, **signature.scores,
-        **signature.score_gradients, H=signature.heads, D=signature.width, D2=second, CLASS=index,
-        ON_DEVICE=on_device, WEIGHT_GRADS=weight_grads,
-        SPLITS=splits, BLOCKS=block // ROWS.value, LEAVING=1 if second else 2, USE_LSE=use_lse, num_warps=4, **options,
+    return bind(
+        hopper_backward_resident, signature, index, on_device, registers,
+        WEIGHT_GRADS=weight_grads, SPLITS=splits, BLOCKS=block // ROWS.value, LEAVING=1 if second else 2,
+        USE_LSE=use_lse, num_warps=4,
     )  # fmt: skip
 
 

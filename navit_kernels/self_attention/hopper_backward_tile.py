@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .._jit import BoundKernel
-from .hopper_steps import PART, parts, ragged_parts
+from .hopper_steps import PART, bind, ragged_parts
 from .hopper_tile_steps import (
     add_columns,
     affine_rows,
@@ -261,23 +261,12 @@ def hopper_backward_tile(
 
 @functools.lru_cache(1024)
 def bound_tile(
-    signature: Any,
-    index: int,
-    on_device: bool,
-    splits: int,
-    weight_grads: bool,
-    block: int,
-    warps: int,
-    use_lse: bool,
+    signature: Any, index: int, on_device: bool, splits: int, weight_grads: bool, block: int, warps: int, use_lse: bool,
     registers: int | None,
-) -> BoundKernel:
-    _, second = parts(signature.width)
-    options = {} if registers is None else dict(maxnreg=registers)
-    return BoundKernel(
-        hopper_backward_tile, **signature.norm_numbers, **signature.weights, **signature.scores,
-        **signature.score_gradients, H=signature.heads, D=signature.width, D2=second, CLASS=index,
-        ON_DEVICE=on_device, WEIGHT_GRADS=weight_grads,
-        SPLITS=splits, BLOCK=block, USE_LSE=use_lse, num_warps=warps, **options,
+) -> BoundKernel:  # fmt: skip
+    return bind(
+        hopper_backward_tile, signature, index, on_device, registers,
+        WEIGHT_GRADS=weight_grads, SPLITS=splits, BLOCK=block, USE_LSE=use_lse, num_warps=warps,
     )  # fmt: skip
 
 

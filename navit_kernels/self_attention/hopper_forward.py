@@ -49,7 +49,7 @@ from .hopper_forward_steps import (
     stream_step,
     vector_sum,
 )
-from .hopper_steps import PART, load_tile, numbers, parts, ragged_parts, segment_rows
+from .hopper_steps import PART, bind, load_tile, numbers, ragged_parts, segment_rows
 from .hopper_tile_steps import (
     column_parts,
     load_block,
@@ -293,17 +293,7 @@ def consume(
                 u_now, k_now = matrix(u_mem, GROUP, ROWS, D2), matrix(k_mem, stage, BLOCK_N, D2)
                 s = start_dot_rows(u_now, k_now, gl.zeros([ROWS, BLOCK_N], gl.float32, mma_s), 0, ROWS)
                 s = warpgroup_mma_wait(0, deps=[s])
-                if ATTEMPTS == 2:
-                    stored = 1 if attempt == 0 else 1 - gl.load(held_ptr + work * GROUPS + GROUP)
-                    held, stage, phase = attend(
-                        out, s, q_start, q_length, k_length, row, h, key_tiles, bound, stored, u_mem, k_mem, v_mem,
-                        r_mem, full, empty, stage, phase, lse_ptr, tokens, score_scale, GROUP, D2, K_NORM, FOLD,
-                        SAVE_LSE, ROWS, BLOCK_N, STAGES, False, attempt == 0,
-                    )  # fmt: skip
-                    if attempt == 0:
-                        gl.store(held_ptr + work * GROUPS + GROUP, held)
-                        worked, all_hold = 1, gl.minimum(all_hold, held)
-                elif TRY_FIXED_MAX:
+                if TRY_FIXED_MAX and ATTEMPTS == 1:
                     if gl.max(bound, 0) <= FIXED_MAX_LIMIT:
                         _, stage, phase = attend(
                             out, s, q_start, q_length, k_length, row, h, key_tiles, bound, 1, u_mem, k_mem, v_mem,
@@ -317,11 +307,15 @@ def consume(
                             SAVE_LSE, ROWS, BLOCK_N, STAGES, False, False,
                         )  # fmt: skip
                 else:
-                    _, stage, phase = attend(
-                        out, s, q_start, q_length, k_length, row, h, key_tiles, bound, 1, u_mem, k_mem, v_mem, r_mem,
-                        full, empty, stage, phase, lse_ptr, tokens, score_scale, GROUP, D2, K_NORM, FOLD, SAVE_LSE,
-                        ROWS, BLOCK_N, STAGES, False, False,
+                    stored = 1 if attempt == 0 else 1 - gl.load(held_ptr + work * GROUPS + GROUP)
+                    held, stage, phase = attend(
+                        out, s, q_start, q_length, k_length, row, h, key_tiles, bound, stored, u_mem, k_mem, v_mem,
+                        r_mem, full, empty, stage, phase, lse_ptr, tokens, score_scale, GROUP, D2, K_NORM, FOLD,
+                        SAVE_LSE, ROWS, BLOCK_N, STAGES, False, attempt + 1 < ATTEMPTS,
                     )  # fmt: skip
+                    if attempt + 1 < ATTEMPTS:
+                        gl.store(held_ptr + work * GROUPS + GROUP, held)
+                        worked, all_hold = 1, gl.minimum(all_hold, held)
         if attempt + 1 < ATTEMPTS:
             program = gl.program_id(0)
             gl.store(held_ptr + (count + program) * GROUPS + GROUP, all_hold)
@@ -427,16 +421,13 @@ def key_size_tiles(call: Any, index: int) -> Tensor:
 def bound_stream(
     signature: Any, index: int, on_device: bool, launch: Launch, save_lse: bool, fixed_max: bool
 ) -> BoundKernel:
-    groups, norms = launch.warps // 4, dict(signature.norm_numbers)
-    del norms["k_eps"]  # key_sizes has seen to it
-    _, second = parts(signature.width)
+    groups = launch.warps // 4
     threads = 32 * (launch.warps + 4)
     spare = (launch.registers * threads - LOADER_REGISTERS.value * 128) // (groups * 128) // 8 * 8
-    return BoundKernel(
-        hopper_forward_stream, **norms, **signature.weights, **signature.scores, H=signature.heads, D=signature.width,
-        D2=second, CLASS=index, ON_DEVICE=on_device, SAVE_LSE=save_lse, TRY_FIXED_MAX=fixed_max, GROUPS=groups,
-        ROWS=launch.block_m // groups, BLOCK_N=launch.block_n, STAGES=launch.stages, SPARE=min(spare, 240), num_warps=4,
-        maxnreg=launch.registers,
+    return bind(
+        hopper_forward_stream, signature, index, on_device, launch.registers, SAVE_LSE=save_lse,
+        TRY_FIXED_MAX=fixed_max, GROUPS=groups, ROWS=launch.block_m // groups, BLOCK_N=launch.block_n,
+        STAGES=launch.stages, SPARE=min(spare, 240), num_warps=4,
     )  # fmt: skip
 
 

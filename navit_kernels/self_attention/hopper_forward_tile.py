@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .._jit import BoundKernel
-from .hopper_steps import PART, parts, ragged_parts
+from .hopper_steps import PART, bind, ragged_parts
 from .hopper_tile_steps import (
     add_columns,
     affine_rows,
@@ -373,23 +373,12 @@ def hopper_forward_tile(
 
 @functools.lru_cache(1024)
 def bound_tile(
-    signature: Any,
-    index: int,
-    on_device: bool,
-    save_lse: bool,
-    block: int,
-    chunk: int,
-    warps: int,
-    fixed_max: bool,
+    signature: Any, index: int, on_device: bool, save_lse: bool, block: int, chunk: int, warps: int, fixed_max: bool,
     registers: int | None,
-) -> BoundKernel:
-    _, second = parts(signature.width)
-    options = {} if registers is None else dict(maxnreg=registers)
-    return BoundKernel(
-        hopper_forward_tile, **signature.norm_numbers, **signature.weights, **signature.scores, H=signature.heads,
-        D=signature.width, CLASS=index, ON_DEVICE=on_device, D2=second, SAVE_LSE=save_lse, BLOCK=block,
-        CHUNK=chunk, num_warps=warps, **options,
-        TRY_FIXED_MAX=fixed_max and signature.bounds_scores and signature.norm_numbers["Q_NORM"] != 0,
+) -> BoundKernel:  # fmt: skip
+    return bind(
+        hopper_forward_tile, signature, index, on_device, registers, SAVE_LSE=save_lse, BLOCK=block, CHUNK=chunk,
+        TRY_FIXED_MAX=fixed_max and signature.bounds_scores and signature.norm_numbers["Q_NORM"] != 0, num_warps=warps,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .._descriptors import describe, fields
+from .._jit import BoundKernel
 
 PART = gl.constexpr(64)  # columns of the first part: 128 bytes, the widest that a swizzled tile of shared memory has
 ROWS_END = gl.constexpr(1 << 30)  # a ragged descriptor's rows end here
@@ -75,6 +76,20 @@ def numbers(x: Tensor, block: int) -> TensorDescriptor:
 @functools.lru_cache(1024)
 def _numbers(count: int, block: int) -> dict[str, Any]:
     return fields(torch.float32, (count,), (1,), (block,), shared_layout(0, 1, 32))
+
+
+def bind(
+    kernel: Any, signature: Any, index: int, on_device: bool, registers: int | None, **options: Any
+) -> BoundKernel:  # fmt: skip
+    """A kernel for one class, with those of a signature's numbers that it takes."""
+    numbers = signature.norm_numbers | signature.weights | signature.scores | signature.score_gradients
+    numbers = {name: value for name, value in numbers.items() if name in kernel.arg_names}
+    if registers is not None:
+        options["maxnreg"] = registers
+    _, second = parts(signature.width)
+    return BoundKernel(
+        kernel, **numbers, H=signature.heads, D=signature.width, D2=second, CLASS=index, ON_DEVICE=on_device, **options
+    )
 
 
 @gluon.jit
