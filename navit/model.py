@@ -32,11 +32,10 @@ from navit_kernels import (
     patchify,
     pool_tokens,
     positions,
-    varlen_attention_qkvpacked,
 )
 from navit_kernels._autocast import autocast_dtype
 from navit_kernels._checks import fail
-from navit_kernels.block import Options, Parameters, block, only_multiply
+from navit_kernels.block import Layers, Options, Parameters, block, only_multiply
 from navit_kernels.head_norm import NORM_CODES
 from navit_kernels.mlp.reference import activate
 from navit_kernels.patches import KeptPatches
@@ -326,32 +325,22 @@ class Block(nn.Module):
         """Take the stream and its norm; return them after both branches, normed for the block that follows."""
         mlp, norm = self.mlp, self.norm2
         keep1_S, keep2_S = (None, None) if keep_2S is None else keep_2S.unbind(0)
-        if not only_multiply(self.qkv, self.proj, mlp.fc1, mlp.fc2):
-            return self._by_layers(x_TE, normed_TE, following, cu_seqlens, plan, keep1_S, keep2_S)
+        linears: Any = (self.qkv, self.proj, mlp.fc1, mlp.fc2)
+        layers = None if only_multiply(*linears) else Layers(self.qkv, self.proj, mlp)
+        if layers is None:
+            qkv, out, up, down = (layer.weight for layer in linears)
+            qkv_bias, out_bias, up_bias, down_bias = (layer.bias for layer in linears)
+        else:
+            qkv = out = up = down = qkv_bias = out_bias = up_bias = down_bias = None
+            if not torch.compiler.is_compiling():
+                what = "layers of a Block are watched or replaced: each is called, which is slower"
+                warnings.warn(what, stacklevel=2)
         parameters = Parameters(
-            self.qkv.weight, self.proj.weight, mlp.fc1.weight, mlp.fc2.weight, norm.weight, following.weight,
-            qkv_bias=self.qkv.bias, out_bias=self.proj.bias, up_bias=mlp.fc1.bias, down_bias=mlp.fc2.bias,
-            q_weight=self.q_norm_weight, q_bias=self.q_norm_bias, k_weight=self.k_norm_weight, norm_bias=norm.bias,
-            following_bias=following.bias, scale_1=self.scale1, scale_2=self.scale2,
+            qkv, out, up, down, norm.weight, following.weight, qkv_bias=qkv_bias, out_bias=out_bias, up_bias=up_bias,
+            down_bias=down_bias, q_weight=self.q_norm_weight, q_bias=self.q_norm_bias, k_weight=self.k_norm_weight,
+            norm_bias=norm.bias, following_bias=following.bias, scale_1=self.scale1, scale_2=self.scale2,
         )  # fmt: skip
-        return block(x_TE, normed_TE, parameters, self.options, cu_seqlens, plan, keep1_S, keep2_S)
-
-    def _by_layers(
-        self, x_TE: Tensor, normed_TE: Tensor, following: Norm, cu_seqlens: Tensor, plan: PackPlan | None,
-        keep1_S: Tensor | None, keep2_S: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if not torch.compiler.is_compiling():
-            warnings.warn("layers of a Block are watched or replaced: each is called, which is slower", stacklevel=3)
-        q_norm = k_norm = None
-        if self.q_norm_weight is not None:
-            q_norm = HeadNorm(self.config.qk_norm, self.q_norm_weight, self.q_norm_bias)
-            k_norm = HeadNorm(self.config.qk_norm, self.k_norm_weight)
-        qkv_T3HD = self.qkv(normed_TE).unflatten(1, (3, self.config.heads, -1))
-        out_THD = varlen_attention_qkvpacked(qkv_T3HD, cu_seqlens, q_norm=q_norm, k_norm=k_norm, plan=plan)
-        scales = {"layer_scale_E": self.scale1, "keep_scale_S": keep1_S, "cu_seqlens": cu_seqlens}
-        x_TE, normed_TE = self.norm2(x_TE, self.proj(out_THD.flatten(1)), **scales)
-        scales |= {"layer_scale_E": self.scale2, "keep_scale_S": keep2_S}
-        return following(x_TE, self.mlp(normed_TE), **scales)
+        return block(x_TE, normed_TE, parameters, self.options, cu_seqlens, plan, keep1_S, keep2_S, layers)
 
 
 class MLP(nn.Module):

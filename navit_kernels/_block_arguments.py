@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -55,6 +56,15 @@ class Options(NamedTuple):
     following_centred: bool = True
     following_eps: float = 1e-6
     recompute: bool = False
+
+
+class Layers(NamedTuple):
+    """Modules that must be called, because they do more than multiply by their weights (`only_multiply`): from normed
+    tokens to q, k and v, (T, E) → (T, 3HD); from the heads' results to a branch; and the MLP."""
+
+    qkv: Callable[[Tensor], Tensor]
+    out: Callable[[Tensor], Tensor]
+    mlp: Callable[[Tensor], Tensor]
 
 
 class Work(NamedTuple):

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from . import _block_passes as passes
 from . import _block_reference as reference
 from ._autocast import autocast_dtype
-from ._block_arguments import Options, Parameters, Work, only_multiply
+from ._block_arguments import Layers, Options, Parameters, Work, only_multiply
 from ._block_passes import Gradients, Ops, Saved
 from ._direct import skips_dispatcher
 from .mlp import op as mlp_op
@@ -32,7 +32,7 @@ from .plan import PackPlan
 from .residual_norm import op as norm_op
 from .self_attention.config import SUPPORTED_HEAD_DIMS
 
-__all__ = ["Options", "Parameters", "block", "only_multiply"]
+__all__ = ["Layers", "Options", "Parameters", "block", "only_multiply"]
 
 SAVED, WORK, PARAMETERS, OPTIONS = (len(group._fields) for group in (Saved, Work, Parameters, Options))
 
@@ -46,17 +46,20 @@ def block(
     plan: PackPlan | None,
     keep_1_S: Tensor | None = None,
     keep_2_S: Tensor | None = None,
+    layers: Layers | None = None,
 ) -> tuple[Tensor, Tensor]:
     """From the residual stream and its norm to the stream and the norm that follows.
 
     x_TE, normed_TE: (T, E); normed has the dtype that matrices are multiplied in, autocast's if that is on.
     cu_seqlens, plan: as varlen_attention takes them. keep_1_S, keep_2_S: add_norm's keep_scale_S of either branch.
+    layers: called in place of the products by the parameters' matrices, which are then not looked at.
 
     Promises what its ops promise. Arguments are trusted to fit one another. The ops run one by one on CPU tensors,
-    without a plan, and with dtypes and head widths that there are no kernels for, which they refuse by name.
+    without a plan, with layers, and with dtypes and head widths that there are no kernels for, which they refuse by
+    name.
     """
-    if plan is None or not _takes(x_TE, normed_TE, parameters, options.heads):
-        return reference.block(x_TE, normed_TE, parameters, options, cu_seqlens, plan, keep_1_S, keep_2_S)
+    if plan is None or layers is not None or not _takes(x_TE, normed_TE, parameters, options.heads):
+        return reference.block(x_TE, normed_TE, parameters, options, cu_seqlens, plan, keep_1_S, keep_2_S, layers)
     work = Work(plan.items, plan.offsets, plan.host_offsets, cu_seqlens, keep_1_S, keep_2_S)
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (x_TE, normed_TE, *parameters))
     if not skips_dispatcher(x_TE):

@@ -298,6 +298,17 @@ def test_layers_that_are_replaced_or_watched_are_called(mlp: str):
     assert seen == [*names]
 
 
+def test_layers_that_are_wrapped_are_called():
+    """By a module with neither weight nor bias."""
+    torch.manual_seed(0)
+    model = NaViT(SMALL).eval()
+    expected = model(make_images())
+    for name in ("qkv", "proj", "mlp.fc1", "mlp.fc2"):
+        model.blocks[0].set_submodule(name, torch.nn.Sequential(model.blocks[0].get_submodule(name)))
+    with pytest.warns(UserWarning, match="watched or replaced"):
+        torch.testing.assert_close(model(make_images()), expected)
+
+
 def test_flops_count_the_matrix_products_and_attention():
     config = replace(SMALL, registers=2, mlp="swiglu")
     model = NaViT(config)

@@ -263,8 +263,8 @@ def _block(block: Any, x_TE: Tensor, normed_TE: Tensor, following: nn.Module, pl
     whole = _as_one_op(block, following)
     if whole is not None:
         images = cu_seqlens.shape[0] - 1
-        keep = [_keep_scale(path, images, x_TE.device) for path in (block.drop_path1, block.drop_path2)]
-        return one_op(x_TE, normed_TE, *whole, cu_seqlens, plan, *keep)
+        keep_1_S, keep_2_S = (_keep_scale(path, images, x_TE.device) for path in (block.drop_path1, block.drop_path2))
+        return one_op(x_TE, normed_TE, *whole, cu_seqlens, plan, keep_1_S, keep_2_S)
     qkv_T3HD = attn.qkv(normed_TE).unflatten(1, (3, attn.num_heads, attn.head_dim))
     q_norm, k_norm = (
         None if isinstance(norm, nn.Identity) else HeadNorm(*_norm(norm)) for norm in (attn.q_norm, attn.k_norm)
