@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from operator import attrgetter, itemgetter, or_
 from typing import Any
@@ -71,17 +72,20 @@ class BoundKernel:
         if found is None:
             names = [*names, *self.bound]
             places = [names.index(name) if name in names else -1 for name in self.kernel.arg_names]
-            self.compiled[key] = self.kernel[grid](**self.bound, **named), itemgetter(*places)
-            return
-        compiled, in_order = found
-        arguments = in_order((*addresses, *descriptors, *specialized, *free, *self.values))
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        x, y, z = (*grid, 1, 1)[:3]
-        enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-            compiled[x, y, z](*arguments, stream=stream)
-        else:  # what that does, without the hooks' arguments
-            compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+            found = self.compiled[key] = self.kernel[grid](**self.bound, **named), itemgetter(*places)
+        else:
+            compiled, in_order = found
+            arguments = in_order((*addresses, *descriptors, *specialized, *free, *self.values))
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            x, y, z = (*grid, 1, 1)[:3]
+            if has_launch_hooks():
+                compiled[x, y, z](*arguments, stream=stream)
+            else:  # what that does, without the hooks' arguments
+                compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        if recording.recorder is not None:
+            compiled, in_order = found
+            values = in_order((*tensors, *descriptors, *specialized, *free, *self.values))
+            recording.recorder.launched(compiled, grid, values)
 
     def _sort(self, types: tuple, named: dict[str, Any]) -> tuple[list[str], list[Callable[[tuple], tuple]]]:
         """The names of tensors, descriptors, specialized arguments and free ones; and what takes each from all."""
@@ -95,6 +99,19 @@ class BoundKernel:
         return self.sorted[types]
 
 
+def has_launch_hooks() -> bool:
+    """Whether somebody, a profiler say, wants to hear of Triton's launches."""
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+class _Recording(threading.local):
+    """Who notes this thread's launches (_replay.py)."""
+
+    recorder: Any = None
+
+
+recording = _Recording()
 DTYPE, KIND = attrgetter("dtype"), attrgetter("kind")
 
 

@@ -65,7 +65,7 @@ def block(
     if not skips_dispatcher(x_TE):
         x_TE, normed_TE, *_ = torch.ops.navit_kernels.block(x_TE, normed_TE, *work, *parameters, *options, trained)
     elif not trained:
-        x_TE, normed_TE, _ = passes.forward(passes.kernels(), x_TE, normed_TE, work, parameters, options, False)
+        x_TE, normed_TE, *_ = _run_forward(x_TE, normed_TE, work, parameters, options, False)
     else:  # Function.apply, without a look for what functorch has left, which skips_dispatcher has seen to
         apply = super(torch.autograd.Function, _Block).apply
         x_TE, normed_TE = apply(options, x_TE, normed_TE, *work, *parameters)
@@ -85,6 +85,61 @@ def _takes(x_TE: Tensor, normed_TE: Tensor, parameters: Parameters, heads: int) 
     )
 
 
+# The kernels, one after the other
+
+
+def _forward_steps(
+    tensors: Sequence[Any], host_offsets: Tensor | None, o: Options, trained: bool
+) -> Sequence[Tensor | None]:
+    x_TE, normed_TE, *rest = tensors
+    work, p = Work(*rest[:WORK])._replace(host_offsets=host_offsets), Parameters(*rest[WORK:])
+    x_TE, normed_TE, saved = passes.forward(passes.kernels(), x_TE, normed_TE, work, p, o, trained)
+    return [x_TE, normed_TE, *(saved or ())]
+
+
+def _backward_steps(
+    tensors: Sequence[Any], host_offsets: Tensor | None, o: Options, weight_grads: bool
+) -> Sequence[Tensor | None]:
+    x_TE, normed_TE, d_x, d_normed, *rest = tensors
+    saved, p = Saved(*rest[:SAVED]), Parameters(*rest[-PARAMETERS:])
+    work = Work(*rest[SAVED:-PARAMETERS])._replace(host_offsets=host_offsets)
+    g = passes.backward(passes.kernels(), d_x, d_normed, x_TE, normed_TE, saved, work, p, o, weight_grads)
+    return _flat(g, p, weight_grads)
+
+
+def _flat(g: Gradients, p: Parameters, weight_grads: bool) -> list[Tensor | None]:
+    """Of x, normed and the parameters."""
+    return [g.x, g.normed, *(passes.of_parameters(g, p) if weight_grads else [None] * PARAMETERS)]
+
+
+@functools.cache
+def _replayed() -> tuple[Callable[..., Sequence[Any]], Callable[..., Sequence[Any]]]:
+    from ._replay import Replayed
+
+    return Replayed(_forward_steps), Replayed(_backward_steps)
+
+
+def _run(which: int, tensors: Sequence[Tensor | None], work: Work, p: Parameters, o: Options, flag: bool) -> Any:
+    """Forward or backward, whose steps depend on where the classes of items end, too."""
+    offsets = work.host_offsets
+    kind = (o, flag, None if offsets is None else tuple(offsets.tolist()))
+    return _replayed()[which](kind, (*tensors, *work._replace(host_offsets=None), *p), offsets, o, flag)
+
+
+def _run_forward(
+    x_TE: Tensor, normed_TE: Tensor, work: Work, p: Parameters, o: Options, trained: bool
+) -> Sequence[Any]:
+    """x, normed and, if trained, Saved's."""
+    return _run(0, (x_TE, normed_TE), work, p, o, trained)
+
+
+def _run_backward(
+    d_x: Tensor | None, d_normed: Tensor, x_TE: Tensor, normed_TE: Tensor, saved: Saved, work: Work, p: Parameters,
+    o: Options, weight_grads: bool,
+) -> list[Tensor | None]:  # fmt: skip
+    return _run(1, (x_TE, normed_TE, d_x, d_normed, *saved), work, p, o, weight_grads)
+
+
 # Autograd
 
 
@@ -98,31 +153,30 @@ def _save(
 
 
 def _gradients(
-    backward: Callable[..., Gradients], ctx: Any, d_x: Tensor | None, d_normed: Tensor | None, weight_grads: bool
-) -> list[Tensor | None]:
+    backward: Callable[..., list[Tensor | None]], ctx: Any, d_x: Tensor | None, d_normed: Tensor | None,
+    weight_grads: bool,
+) -> list[Tensor | None]:  # fmt: skip
     """Of x, normed, Work, and Parameters, after _save."""
     x_TE, normed_TE, *rest = ctx.saved_tensors
     saved, work, p = Saved(*rest[:SAVED]), Work(*rest[SAVED:-PARAMETERS]), Parameters(*rest[-PARAMETERS:])
     if d_normed is None:
         d_normed = torch.zeros_like(normed_TE)
-    g = backward(d_x, d_normed, x_TE, normed_TE, saved, work, p, ctx.options, weight_grads)
-    return [g.x, g.normed, *[None] * WORK, *(passes.of_parameters(g, p) if weight_grads else [None] * PARAMETERS)]
+    d_x, d_normed, *grads = backward(d_x, d_normed, x_TE, normed_TE, saved, work, p, ctx.options, weight_grads)
+    return [d_x, d_normed, *[None] * WORK, *grads]
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, o: Options, x_TE: Tensor, normed_TE: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         work, p = Work(*rest[:WORK]), Parameters(*rest[WORK:])
-        x_new, normed_new, saved = passes.forward(passes.kernels(), x_TE, normed_TE, work, p, o, True)
-        assert saved is not None
+        x_new, normed_new, *saved = _run_forward(x_TE, normed_TE, work, p, o, True)
         _save(ctx, x_new, normed_TE, saved, work, p, o)
         return x_new, normed_new
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_x: Tensor | None, d_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-        backward = functools.partial(passes.backward, passes.kernels())
-        return None, *_gradients(backward, ctx, d_x, d_normed, any(ctx.needs_input_grad[3 + WORK :]))
+        return None, *_gradients(_run_backward, ctx, d_x, d_normed, any(ctx.needs_input_grad[3 + WORK :]))
 
 
 # Registration: the same on flat lists of arguments, and with an empty tensor for each None among the results
@@ -202,7 +256,7 @@ def _registered_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor
 def _registered_gradients(ctx: Any, d_x: Tensor | None, d_normed: Tensor | None, *_: None) -> tuple[Any, ...]:
     def backward(d_x, d_normed, x_new, normed_TE, saved, work, p, o, weight_grads):  # type: ignore[no-untyped-def]
         inputs = (d_x, d_normed, x_new, normed_TE, *saved, *work, *p, *o, weight_grads)
-        return Gradients(*torch.ops.navit_kernels.block_backward(*inputs))
+        return _flat(Gradients(*torch.ops.navit_kernels.block_backward(*inputs)), p, weight_grads)
 
     weight_grads = any(ctx.needs_input_grad[2 + WORK : 2 + WORK + PARAMETERS])
     return *_gradients(backward, ctx, d_x, d_normed, weight_grads), *[None] * (OPTIONS + 1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -264,3 +266,36 @@ def test_gpu_inference_and_training_give_the_same_bits() -> None:
     without = block(x_TE, normed_TE, parameters, options, plan.cu_seqlens, plan, *keep)
     with_gradients = block(x_TE.requires_grad_(), normed_TE, parameters, options, plan.cu_seqlens, plan, *keep)
     assert all(torch.equal(*pair) for pair in zip(without, with_gradients, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_gpu_replays_give_the_bits_of_the_steps_themselves(case: Case) -> None:
+    """For other tensors of the kind that was recorded, of segments of all classes, trained and not."""
+    lengths = [5, 0, 130, 1, 300, 1100]
+    plan = plan_pack(lengths, "cuda")
+
+    def results(scale: float, trained: bool) -> list[Tensor]:
+        x_TE, normed_TE, parameters, options, keep = case.inputs(lengths, "cuda")
+        leaves = [x_TE, normed_TE, *(p for p in parameters if p is not None)]
+        for leaf in leaves:
+            leaf.mul_(scale).requires_grad_(trained)
+        outputs = block(x_TE, normed_TE, parameters, options, plan.cu_seqlens, plan, *keep)
+        return [
+            *outputs,
+            *(torch.autograd.grad(outputs, leaves, [x.detach().sin() for x in outputs]) if trained else ()),
+        ]
+
+    directions = (op._forward_steps, op._backward_steps)
+    themselves = tuple(functools.partial(lambda steps, kind, *rest: steps(*rest), steps) for steps in directions)
+    for trained in (False, True):
+        op._replayed.cache_clear()
+        results(1.0, trained)
+        for scale in (1.0, 0.7):
+            replayed = results(scale, trained)
+            with mock.patch.object(op, "_replayed", lambda: themselves):
+                expected = results(scale, trained)
+            assert all(torch.equal(*pair) for pair in zip(replayed, expected, strict=True))
+        forward, backward = op._replayed()
+        assert [len(part.programs) for part in (forward, backward)] == [1, int(trained)]
+        assert None not in [*forward.programs.values(), *backward.programs.values()]

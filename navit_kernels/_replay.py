@@ -1,0 +1,294 @@
+"""Functions whose kernels and torch ops are written down once, and run again for other tensors of the same kind.
+
+What a function launches depends on options, shapes and dtypes alone, and to find it out takes the host longer than to
+launch it, while the layers of a model ask for the same again and again. A `Replayed` function runs its own code when a
+kind of arguments comes for the first time; a Recorder watches, and notes each allocation, torch op and launch, and
+where the tensors among its arguments came from. Later calls take the same steps on the tensors given: the same kernels
+in the same order, and so the same bits.
+
+A program holds no tensors. Each has a slot instead, a number: the arguments first, then what is made on the way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from operator import attrgetter, or_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ._jit import has_launch_hooks, recording
+
+aten = torch.ops.aten
+ALLOCATIONS = {
+    aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default, aten.empty_strided.default,
+    aten.new_empty_strided.default,
+}  # fmt: skip
+# by a way that takes the host two thirds as long
+QUICKER: dict[Any, Callable[..., Any]] = {
+    aten.addmm.default: torch.addmm, aten.mm.default: torch.mm, aten.t.default: torch.t, aten.view.default: Tensor.view,
+    aten.sum.dim_IntList: torch.sum,
+}  # fmt: skip
+KINDS = 256  # of arguments, per function: beyond them the oldest are forgotten
+
+Slots = list[Any]
+Step = Callable[[Slots, int], None]  # of the slots and the stream
+
+
+class Slot(NamedTuple):
+    """Of a tensor, or where a view starts: so many bytes into it."""
+
+    number: int
+    offset: int = 0
+
+
+class Recorded(NamedTuple):
+    """reads, writes: slots. needed: also where nobody reads what it writes."""
+
+    step: Step
+    reads: Sequence[int]
+    writes: Sequence[int]
+    needed: bool
+
+
+class Replayed:
+    """function(tensors, *fixed): a list of tensors and Nones, from another.
+
+    It launches by BoundKernel alone, changes no argument and looks at no value in a tensor. Its steps may depend on
+    what a call gives as `kind`, and on the shapes, strides and dtypes of the tensors.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor | None]]) -> None:
+        self.function = function
+        self.programs: dict[tuple, Program | None] = {}
+
+    def __call__(self, kind: Hashable, tensors: Sequence[Tensor | None], *fixed: Any) -> Sequence[Tensor | None]:
+        """kind: all of `fixed` that the function looks at. The first of the tensors is on a GPU."""
+        first = tensors[0]
+        assert first is not None
+        given = [x for x in tensors if x is not None]
+        addresses = [*map(Tensor.data_ptr, given)]
+        device = first.get_device()
+        if (
+            functools.reduce(or_, addresses) % 16
+            or len({*addresses}) < len(given)  # one of them may be another the next time
+            or not first.is_cuda
+            or device != torch.cuda.current_device()
+            or torch.cuda.is_current_stream_capturing()
+            or has_launch_hooks()
+        ):
+            return self.function(tensors, *fixed)
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        key = (kind, device, autocast, *map(type, tensors), *map(SHAPE, given), *map(DTYPE, given))
+        key += tuple(map(Tensor.stride, given))
+        program = self.programs.get(key, _unknown)
+        if program is _unknown:
+            with Recorder(tensors) as recorder:
+                results = self.function(tensors, *fixed)
+            if len(self.programs) >= KINDS:
+                del self.programs[next(iter(self.programs))]
+            self.programs[key] = recorder.program(results)
+            return results
+        if program is None:
+            return self.function(tensors, *fixed)
+        return program.run(tensors, torch._C._cuda_getCurrentRawStream(device))
+
+
+_unknown: Any = object()
+SHAPE, DTYPE = attrgetter("shape"), attrgetter("dtype")
+
+
+class Program:
+    """Recorded steps, as far as the results need them, each tensor dropped behind its last use."""
+
+    def __init__(self, recorded: Sequence[Recorded], inputs: int, slots: int, results: Sequence[int | None]) -> None:
+        self.results, self.spare = results, [None] * (slots - inputs)
+        used = {slot for slot in results if slot is not None} | {*range(inputs)}
+        steps: list[Step] = []
+        for part in reversed(recorded):
+            if not part.needed and used.isdisjoint(part.writes):
+                continue
+            touched = {*part.reads, *part.writes}
+            if last := touched - used:
+                steps.append(_drop(last))
+            steps.append(part.step)
+            used |= touched
+        self.steps = steps[::-1]
+
+    def run(self, tensors: Sequence[Tensor | None], stream: int) -> list[Tensor | None]:
+        slots = [*tensors, *self.spare]
+        for step in self.steps:
+            step(slots, stream)
+        return [None if slot is None else slots[slot] for slot in self.results]
+
+
+class Recorder(TorchDispatchMode):
+    """Notes what runs on this thread."""
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.slots, self.inputs, self.count = WeakTensorKeyDictionary(), len(tensors), len(tensors)
+        self.views: dict[int, Slot] = {}
+        self.recorded: list[Recorded] = []
+        self.repeatable = True  # every tensor's origin is known
+        self.device = next(x.device for x in tensors if x is not None)
+        for number, tensor in enumerate(tensors):
+            if tensor is not None:
+                self.slots[tensor] = number
+
+    def __enter__(self) -> Recorder:
+        recording.recorder = self
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        recording.recorder = None
+        super().__exit__(*error)
+
+    def program(self, results: Sequence[Tensor | None]) -> Program | None:
+        slots = [None if x is None else self._slot(x) for x in results]
+        return Program(self.recorded, self.inputs, self.count, slots) if self.repeatable else None
+
+    def launched(self, compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
+        """arguments: a compiled kernel's, with tensors where it takes their addresses."""
+        places = {}
+        for place, value in enumerate(arguments):
+            base = value.base if hasattr(value, "block_shape") else value
+            if isinstance(base, Tensor):
+                number = self._slot(base)
+                places[place] = self.views.get(number, Slot(number))
+        step = _launch(compiled, (*grid, 1, 1)[:3], arguments, places)
+        self.recorded.append(Recorded(step, [slot.number for slot in places.values()], (), True))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        several = isinstance(result, (list, tuple))
+        outputs = [x for x in (result if several else (result,)) if isinstance(x, Tensor)]
+        new = [x for x in outputs if x not in self.slots]
+        reads: list[int] = []
+        arguments = self._marked([*args, *kwargs.values()], reads)
+        writes = [self._number(x) for x in new]
+        mutates = func._schema.is_mutable
+        if new and (mutates or len(new) < len(outputs) or any(x.device != self.device for x in new)):
+            self.repeatable = False
+        if func in ALLOCATIONS:
+            step, reads = _allocate(result, writes[0]), []
+        else:
+            step = _call(QUICKER.get(func, func), arguments, [*kwargs], writes, several)
+        if func.is_view:
+            origin = self.views.get(reads[0], Slot(reads[0]))
+            for x, number in zip(new, writes, strict=True):
+                self.views[number] = Slot(origin.number, origin.offset + x.data_ptr() - args[0].data_ptr())
+        self.recorded.append(Recorded(step, reads, writes, mutates))
+        return result
+
+    def _number(self, tensor: Tensor) -> int:
+        self.slots[tensor] = self.count
+        self.count += 1
+        return self.count - 1
+
+    def _slot(self, tensor: Tensor) -> int:
+        number = self.slots.get(tensor)
+        if number is None:
+            self.repeatable = False
+            return 0
+        return number
+
+    def _marked(self, arguments: list[Any], reads: list[int]) -> list[Any]:
+        """With a Slot, or a list of them, for tensors; their numbers go to reads."""
+        marked = []
+        for value in arguments:
+            parts = value if isinstance(value, (list, tuple)) else [value]
+            slots = [Slot(self._slot(x)) if isinstance(x, Tensor) else x for x in parts]
+            reads += [slot.number for slot in slots if isinstance(slot, Slot)]
+            marked.append(slots if parts is value else slots[0])
+        return marked
+
+
+def _allocate(tensor: Tensor, number: int) -> Step:
+    shape, strides, dtype = tuple(tensor.shape), tensor.stride(), tensor.dtype
+    dense = tensor.is_contiguous()
+
+    def step(slots: Slots, stream: int) -> None:
+        like = slots[0]
+        slots[number] = (
+            like.new_empty(shape, dtype=dtype) if dense else like.new_empty_strided(shape, strides, dtype=dtype)
+        )
+
+    return step
+
+
+def _call(
+    function: Callable[..., Any], arguments: list[Any], names: list[str], writes: list[int], several: bool
+) -> Step:
+    """A torch op; the last of the arguments go by names."""
+    one = [(place, value.number) for place, value in enumerate(arguments) if isinstance(value, Slot)]
+    many = [(place, value) for place, value in enumerate(arguments) if isinstance(value, list)]
+    many = [(place, value) for place, value in many if any(isinstance(part, Slot) for part in value)]
+    positional = len(arguments) - len(names)
+
+    def step(slots: Slots, stream: int) -> None:
+        values = arguments.copy()
+        for place, number in one:
+            values[place] = slots[number]
+        for place, parts in many:
+            values[place] = [slots[part.number] if isinstance(part, Slot) else part for part in parts]
+        if names:
+            result = function(*values[:positional], **dict(zip(names, values[positional:], strict=True)))
+        else:
+            result = function(*values)
+        if several:
+            for number, x in zip(writes, result, strict=True):
+                slots[number] = x
+        elif writes:
+            slots[writes[0]] = result
+
+    return step
+
+
+class _At:
+    """What a launch asks of a descriptor's tensor."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _launch(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any], places: dict[int, Slot]) -> Step:
+    template, pointers, descriptors = list(arguments), [], []
+    for place, (number, offset) in places.items():
+        if isinstance(template[place], Tensor):
+            pointers.append((place, number, offset))
+        else:
+            descriptor = template[place]
+            fields = {name: value for name, value in vars(descriptor).items() if name != "base"}
+            descriptors.append((place, number, offset, type(descriptor), fields))
+        template[place] = None
+    (x, y, z), run, function, metadata = grid, compiled.run, compiled.function, compiled.packed_metadata
+
+    def step(slots: Slots, stream: int) -> None:
+        values = template.copy()
+        for place, number, offset in pointers:
+            values[place] = slots[number].data_ptr() + offset
+        for place, number, offset, kind, fields in descriptors:
+            values[place] = descriptor = object.__new__(kind)
+            descriptor.__dict__.update(fields, base=_At(slots[number].data_ptr() + offset))
+        run(x, y, z, stream, function, metadata, None, None, None, *values)
+
+    return step
+
+
+def _drop(numbers: Iterable[int]) -> Step:
+    numbers = tuple(numbers)
+
+    def step(slots: Slots, stream: int) -> None:
+        for number in numbers:
+            slots[number] = None
+
+    return step
