@@ -293,7 +293,7 @@ def test_gpu_replays_give_the_bits_of_the_steps_themselves(case: Case) -> None:
         results(1.0, trained)
         for scale in (1.0, 0.7):
             replayed = results(scale, trained)
-            with mock.patch.object(op, "_replayed", lambda: themselves):
+            with mock.patch.object(op, "_replayed", return_value=themselves):
                 expected = results(scale, trained)
             assert all(torch.equal(*pair) for pair in zip(replayed, expected, strict=True))
         forward, backward = op._replayed()
