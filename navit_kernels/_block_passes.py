@@ -6,7 +6,7 @@ T tokens, S images, E model width, H heads, D head width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,18 +27,19 @@ class Ops(NamedTuple):
     feed_forward: Callable[..., Any]
     feed_forward_backward: Callable[..., Any]
     weight_gradient: Callable[[Tensor, Tensor, torch.dtype], Tensor]
-    bias_gradient: Callable[[Tensor], Tensor]
+    partial_sums: Callable[[Tensor], Tensor]
+    sum_rows: Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 @functools.cache
 def kernels() -> Ops:
-    from ._column_sums import column_sums
+    from ._column_sums import partial_sums, sum_rows
     from .mlp import kernel as mlp
     from .residual_norm import kernel as norm
 
     return Ops(
         attention_op._forward, attention_op._backward_kernels, norm.add_norm, norm.add_norm_backward, mlp.feed_forward,
-        mlp.feed_forward_backward, mlp.weight_gradient, column_sums,
+        mlp.feed_forward_backward, mlp.weight_gradient, partial_sums, sum_rows,
     )  # fmt: skip
 
 
@@ -78,8 +79,9 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Matrices' in the parameters' dtype; all others' of parameters in float32. norm, following: (1 to 3, E), as
-    add_norm's backward gives them, the scale's last. heads: (H, 3, D), as attention's does for the norms of q and k."""
+    """Matrices' in the parameters' dtype; all others' of parameters in float32. norm, following: (1 to 4, E), of the
+    norm's weight and, where there are these, its bias, the branch's scale and the bias of the linear layer that the
+    branch comes from. heads: (H, 3, D), as attention's backward gives it for the norms of q and k."""
 
     x: Tensor
     normed: Tensor
@@ -88,11 +90,9 @@ class Gradients(NamedTuple):
     up: Tensor | None
     down: Tensor | None
     qkv_bias: Tensor | None
-    out_bias: Tensor | None
     up_bias: Tensor | None
-    down_bias: Tensor | None
-    norm: Tensor
-    following: Tensor
+    norm: Tensor | None
+    following: Tensor | None
     heads: Tensor | None
 
 
@@ -162,7 +162,7 @@ def backward(
               for scale, keep in ((p.scale_1, work.keep_1), (p.scale_2, work.keep_2))]  # fmt: skip
     d_x, d_mlp, d_following = ops.add_norm_backward(
         d_x, d_normed, x_TE, s.stats_2, s.branch_2, p.following_weight, p.scale_2, o.following_centred,
-        p.following_bias is not None, dtype if scaled[1] else None,
+        p.following_bias is not None, dtype if scaled[1] else None, weight_grads and p.down_bias is not None,
     )  # fmt: skip
     d_mlp = d_mlp if scaled[1] else d_x
     d_normed, d_up, d_down, d_up_bias = ops.feed_forward_backward(
@@ -171,7 +171,7 @@ def backward(
     )  # fmt: skip
     d_x, d_branch, d_norm = ops.add_norm_backward(
         d_x, d_normed, s.x_mid, s.stats_1, s.branch_1, p.norm_weight, p.scale_1, o.norm_centred,
-        p.norm_bias is not None, dtype if scaled[0] else None,
+        p.norm_bias is not None, dtype if scaled[0] else None, weight_grads and p.out_bias is not None,
     )  # fmt: skip
     d_branch = d_branch if scaled[0] else d_x
     normed_heads = weight_grads and not (p.q_weight is None and p.q_bias is None and p.k_weight is None)
@@ -182,18 +182,16 @@ def backward(
     d_qkv = d_qkv.flatten(1)
     d_normed = d_qkv @ qkv_weight
     if not weight_grads:
-        nothing = (None, None, None, None)
-        return Gradients(d_x, d_normed, *nothing, *nothing, d_norm, d_following, None)
+        return Gradients(d_x, d_normed, *[None] * 9)
     d_qkv_weight = ops.weight_gradient(d_qkv, normed_before, p.qkv.dtype)
     d_out_weight = ops.weight_gradient(d_branch, s.out.flatten(1), p.qkv.dtype)
-    d_qkv_bias, d_out_bias, d_down_bias = (
-        None if bias is None else ops.bias_gradient(grad)
-        for bias, grad in ((p.qkv_bias, d_qkv), (p.out_bias, d_branch), (p.down_bias, d_mlp))
-    )
+    d_qkv_bias = None if p.qkv_bias is None else ops.partial_sums(d_qkv)
+    parts = (d_qkv_bias, d_up_bias, d_norm, d_following)
+    sums = iter(ops.sum_rows([part for part in parts if part is not None]))
+    summed = [None if part is None else next(sums) for part in parts]
     return Gradients(
-        d_x, d_normed, d_qkv_weight, d_out_weight, d_up, d_down, d_qkv_bias, d_out_bias, d_up_bias, d_down_bias, d_norm,
-        d_following, d_heads if normed_heads else None,
-    )  # fmt: skip
+        d_x, d_normed, d_qkv_weight, d_out_weight, d_up, d_down, *summed, d_heads if normed_heads else None
+    )
 
 
 def of_parameters(g: Gradients, p: Parameters) -> list[Tensor | None]:
@@ -201,18 +199,27 @@ def of_parameters(g: Gradients, p: Parameters) -> list[Tensor | None]:
     assert g.qkv is not None
     rows = [part.shape[0] for part in (p.qkv, p.qkv_2, p.qkv_3) if part is not None]
     qkv, qkv_2, qkv_3 = (*(g.qkv.split(rows) if len(rows) > 1 else (g.qkv,)), None, None)[:3]
-    norm, following = g.norm.unbind(0), g.following.unbind(0)
+    norm_weight, norm_bias, scale_1, out_bias = _rows(g.norm, p.norm_bias, p.scale_1, p.out_bias)
+    following_weight, following_bias, scale_2, down_bias = _rows(g.following, p.following_bias, p.scale_2, p.down_bias)
     heads: list[Tensor | None] = [None] * 3
     for i, weight in enumerate((p.q_weight, p.q_bias, p.k_weight)):
         if weight is not None and g.heads is not None:
             grad_HD = g.heads[:, i]
             heads[i] = grad_HD.sum(0) if weight.dim() == 1 else grad_HD.view(weight.shape)
     grads = [
-        qkv, g.out, g.up, g.down, norm[0], following[0], qkv_2, qkv_3, g.qkv_bias, g.out_bias, g.up_bias, g.down_bias,
-        *heads, None if p.k_bias is None else torch.zeros_like(p.k_bias), norm[min(1, len(norm) - 1)],
-        following[min(1, len(following) - 1)], norm[-1], following[-1],
+        qkv, g.out, g.up, g.down, norm_weight, following_weight, qkv_2, qkv_3, g.qkv_bias, out_bias, g.up_bias,
+        down_bias, *heads, None if p.k_bias is None else torch.zeros_like(p.k_bias), norm_bias, following_bias, scale_1,
+        scale_2,
     ]  # fmt: skip
     return [
         None if x is None or grad is None else grad if grad.dtype == x.dtype else grad.to(x.dtype)
         for x, grad in zip(p, grads, strict=True)
     ]
+
+
+def _rows(sums_NE: Tensor | None, *parameters: Tensor | None) -> list[Tensor | None]:
+    """The first row, and one for each parameter that there is."""
+    assert sums_NE is not None
+    first, *rest = sums_NE.unbind(0)
+    rows = iter(rest)
+    return [first, *(None if parameter is None else next(rows) for parameter in parameters)]

@@ -187,19 +187,26 @@ def _feed_forward(*inputs: Any) -> tuple[Tensor, Tensor | None]:
     return out_TE, hidden_TU if inputs[-1] else None
 
 
+def _add_norm_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, linear_bias = inputs
+    d_x, d_branch, sums_NE = norm_op._add_norm_backward(*inputs)
+    return d_x, d_branch, torch.cat([sums_NE, sums_NE[:1]] if linear_bias else [sums_NE])[None]
+
+
 def _feed_forward_backward(d_mlp: Tensor, x: Tensor, hidden: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
     hidden = x.new_empty(0, 0) if hidden is None else hidden
     d_x, d_up, d_down, d_up_bias, _ = mlp_op._feed_forward_backward(d_mlp, x, hidden, *rest, False)
     _, _, up_bias, _, weight_dtype = rest
     if weight_dtype is None:
         return d_x, None, None, None
-    return d_x, d_up, d_down, None if up_bias is None else d_up_bias
+    return d_x, d_up, d_down, None if up_bias is None else d_up_bias[None]
 
 
 _REGISTERED = Ops(
     torch.ops.navit_kernels.varlen_attention.default, torch.ops.navit_kernels.varlen_attention_backward.default,
-    norm_op._add_norm, norm_op._add_norm_backward, _feed_forward, _feed_forward_backward,
-    lambda d_y, x, dtype: (d_y.T @ x).to(dtype), lambda d_y: d_y.sum(0, dtype=torch.float32),
+    norm_op._add_norm, _add_norm_backward, _feed_forward, _feed_forward_backward,
+    lambda d_y, x, dtype: (d_y.T @ x).to(dtype), lambda d_y: d_y.sum(0, keepdim=True, dtype=torch.float32),
+    lambda partials: [partial.sum(0) for partial in partials],
 )  # fmt: skip
 _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool", str: "str"}
 

@@ -34,13 +34,41 @@ def test_rows_need_not_lie_one_after_another() -> None:
     assert_sums(draw((40, 48), torch.float32)[:, 8:32])
 
 
+PARTIALS = [(1056, 2, 768), (7, 40), (264, 3072), (128, 1)]
+
+
+def assert_sums_of_all(shapes: list[tuple[int, ...]], device: str = "cpu") -> list[Tensor]:
+    from navit_kernels._column_sums import sum_rows
+
+    random = torch.Generator().manual_seed(0)
+    partials = [torch.randn(shape, generator=random).to(device) for shape in shapes]
+    sums = sum_rows(partials)
+    for part, actual in zip(partials, sums, strict=True):
+        assert actual.shape == part.shape[1:]
+        assert_error_within(actual, part.double().sum(0), part.sum(0))
+    return sums
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("shapes", [[(65, 2, 24), (7, 40), (1, 33), (70, 1)], [(3, 5), (0, 8)], [(64, 32)]], ids=str)
+def test_several_sums_at_once(shapes: list[tuple[int, ...]]) -> None:
+    assert_sums_of_all(shapes)
+
+
 @pytest.mark.compile_only
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-def test_the_kernel_fits_without_spills(arch: str) -> None:
+def test_the_kernels_fit_without_spills(arch: str) -> None:
     from navit_kernels._column_sums import column_sums
 
     for dtype in (torch.bfloat16, torch.float32):
         assert_fits(arch, lambda dtype=dtype: column_sums(draw((3000, 2304), dtype, "meta")))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_gpu_several_sums_at_once(count: int) -> None:
+    first, again = (assert_sums_of_all(PARTIALS[:count], "cuda") for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
 
 
 @pytest.mark.gpu

@@ -274,7 +274,7 @@ def test_compile_once_for_all_batches() -> None:
 # Ahead of time
 
 
-def launch_on_meta(case: Case) -> None:
+def launch_on_meta(case: Case, linear_bias: bool = False) -> None:
     from navit_kernels.residual_norm import kernel
 
     inputs = case.inputs([3, 97], "meta")
@@ -284,7 +284,7 @@ def launch_on_meta(case: Case) -> None:
     scaled = case.layer_scale or case.keep or case.branch_dtype not in (None, case.x_dtype)
     kernel.add_norm_backward(
         None if branch_TE is None else x_new_TE, normed_TE, x_TE if branch_TE is None else x_new_TE, stats_RT,
-        branch_TE, weight_E, layer_scale_E, centred, case.bias, case.branch_dtype if scaled else None,
+        branch_TE, weight_E, layer_scale_E, centred, case.bias, case.branch_dtype if scaled else None, linear_bias,
     )  # fmt: skip
 
 
@@ -306,18 +306,20 @@ def test_kernels_fit_without_spills(arch: str, case: Case) -> None:
 
 
 @pytest.mark.compile_only
+@pytest.mark.parametrize("linear_bias", [False, True])
 @pytest.mark.parametrize(
     "case",
     [Case(768), Case(768, bias=True), Case(1152, bias=True), Case(768, bias=True, layer_scale=True, keep=True),
      Case(1152, layer_scale=True)],
     ids=name_of,
 )  # fmt: skip
-def test_programs_of_the_backward_run_at_once(case: Case) -> None:
+def test_programs_of_the_backward_run_at_once(case: Case, linear_bias: bool) -> None:
     from navit_kernels.residual_norm.kernel import choose_config, programs_of_backward
 
-    *_, backward = assert_fits("sm_90", lambda: launch_on_meta(case))
+    *_, backward = assert_fits("sm_90", lambda: launch_on_meta(case, linear_bias))
     assert backward.name == "backward_kernel"
-    programs = programs_of_backward(torch.device("meta"), case.width, case.bias, case.layer_scale) // 132
+    biases = case.bias + linear_bias
+    programs = programs_of_backward(torch.device("meta"), case.width, biases, case.layer_scale) // 132
     assert programs * choose_config(case.width)["num_warps"] * 32 * backward.registers <= 1 << 16
     assert programs * backward.shared <= 227 * 1024
 

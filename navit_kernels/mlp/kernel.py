@@ -141,8 +141,8 @@ def feed_forward_backward(
     activation: str,
     weight_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Return dx, dup and ddown in weight_dtype, and dup_bias in float32; all but dx are None for no weight_dtype, and
-    dup_bias where there is no bias. A hidden that was not kept is computed again."""
+    """Return dx, dup and ddown in weight_dtype, and in float32 rows (G, U) whose sum is dup_bias; all but dx are None
+    for no weight_dtype, and the last where there is no bias. A hidden that was not kept is computed again."""
     tokens, mlp_width = x_TE.shape[0], down_EM.shape[1]
     if hidden_TU is None:
         hidden_TU = linear(x_TE, up_UE, up_bias_U)
@@ -151,7 +151,7 @@ def feed_forward_backward(
     if config is None:
         act_TM = _activate_torch(hidden_TU, activation)
         dhidden_TU = _activate_backward_torch(dout_TE @ down_EM, hidden_TU, activation)
-        partial_GU = dhidden_TU if bias_grad else None
+        partial_GU = dhidden_TU.sum(0, keepdim=True, dtype=torch.float32) if bias_grad else None
     else:
         act_TM, dhidden_TU = x_TE.new_empty(tokens, mlp_width), x_TE.new_empty(tokens, up_UE.shape[0])
         rows = _hopper().tile_rows(tokens)
@@ -163,5 +163,4 @@ def feed_forward_backward(
     ddown_EM = None if weight_dtype is None else weight_gradient(dout_TE, act_TM, weight_dtype)
     del act_TM  # frees what the next products write
     dup_UE = None if weight_dtype is None else weight_gradient(dhidden_TU, x_TE, weight_dtype)
-    dup_bias_U = None if partial_GU is None else partial_GU.sum(0, dtype=torch.float32)
-    return dhidden_TU @ up_UE, dup_UE, ddown_EM, dup_bias_U
+    return dhidden_TU @ up_UE, dup_UE, ddown_EM, partial_GU

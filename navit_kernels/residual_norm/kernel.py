@@ -10,7 +10,7 @@ Backward, with d_unit = weight · d_normed (the term Σ d_unit is absent for "rm
 
     dx      = d_x_new + rstd · (d_unit − Σ d_unit / E − unit · Σ (d_unit · unit) / E)
     dbranch = keep · g · dx                 dg = Σ_tokens keep · branch · dx
-    dweight = Σ_tokens d_normed · unit      dbias = Σ_tokens d_normed
+    dweight = Σ_tokens d_normed · unit      dbias = Σ_tokens d_normed      dlinear_bias = Σ_tokens dbranch
 
 The sums over tokens run in float32 over each program's own rows, then over the programs: no atomics, the same bits
 every time. Where dbranch equals dx it is not written a second time. The backward reads x_new, per token rstd, mean and
@@ -91,8 +91,8 @@ def backward_kernel(
     d_x_new_ptr, d_normed_ptr, x_new_ptr, stats_ptr, branch_ptr, weight_ptr, layer_scale_ptr,
     dx_ptr, dbranch_ptr, partials_ptr,
     tokens,
-    CENTRED: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr,
+    CENTRED: tl.constexpr, KEEP: tl.constexpr, BIAS: tl.constexpr, LINEAR_BIAS: tl.constexpr, E: tl.constexpr,
+    BLOCK_E: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program g takes the blocks g, g + G, … of ROWS tokens and writes the partial sums partials[g], (N, E)."""
     tokens_64 = tokens.to(tl.int64)
@@ -105,6 +105,8 @@ def backward_kernel(
     if layer_scale_ptr is not None:
         layer_scale = tl.load(layer_scale_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
         dlayer_scale = tl.zeros([BLOCK_E], tl.float32)
+    if LINEAR_BIAS:
+        dlinear_bias = tl.zeros([BLOCK_E], tl.float32)
 
     for block in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0), num_stages=STAGES):
         offs_t = block * ROWS + tl.arange(0, ROWS)
@@ -128,8 +130,8 @@ def backward_kernel(
             dbias += tl.sum(d_normed, 0)
         _store_tile(dx_ptr, dx, offs_t, offs_e, mask_t, mask_e, E)
 
+        dbranch = dx
         if dbranch_ptr is not None:
-            dbranch = dx
             if KEEP:
                 dbranch *= tl.load(stats_ptr + (1 + CENTRED) * tokens_64 + offs_t, mask=mask_t, other=0.0)[:, None]
             if layer_scale_ptr is not None:
@@ -137,13 +139,18 @@ def backward_kernel(
                 dlayer_scale += tl.sum(dbranch * branch, 0)
                 dbranch *= layer_scale[None, :]
             _store_tile(dbranch_ptr, dbranch, offs_t, offs_e, mask_t, mask_e, E)
+        if LINEAR_BIAS:
+            dlinear_bias += tl.sum(dbranch, 0)
 
-    sums_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * ((1 + BIAS + (layer_scale_ptr is not None)) * E) + offs_e
+    SUMS: tl.constexpr = 1 + BIAS + (layer_scale_ptr is not None) + LINEAR_BIAS
+    sums_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * (SUMS * E) + offs_e
     tl.store(sums_ptr, dweight, mask=mask_e)
     if BIAS:
         tl.store(sums_ptr + E, dbias, mask=mask_e)
     if layer_scale_ptr is not None:
         tl.store(sums_ptr + (1 + BIAS) * E, dlayer_scale, mask=mask_e)
+    if LINEAR_BIAS:
+        tl.store(sums_ptr + (SUMS - 1) * E, dlinear_bias, mask=mask_e)
 
 
 @functools.cache
@@ -164,21 +171,22 @@ def bound_forward(width: int, centred: bool) -> BoundKernel:
 
 
 @functools.cache
-def bound_backward(width: int, centred: bool, keep: bool, bias: bool) -> BoundKernel:
+def bound_backward(width: int, centred: bool, keep: bool, bias: bool, linear_bias: bool) -> BoundKernel:
     stages = 3 if width <= 2048 else 2
     return BoundKernel(
-        backward_kernel, CENTRED=centred, KEEP=keep, BIAS=bias, E=width, STAGES=stages, **choose_config(width)
-    )
+        backward_kernel, CENTRED=centred, KEEP=keep, BIAS=bias, LINEAR_BIAS=linear_bias, E=width, STAGES=stages,
+        **choose_config(width),
+    )  # fmt: skip
 
 
-def programs_of_backward(device: torch.device, width: int, bias: bool, layer_scale: bool) -> int:
+def programs_of_backward(device: torch.device, width: int, biases: int, layer_scale: bool) -> int:
     """G: as many as run at once, since all have the same work; every program costs a row of partial sums.
 
     Warps for each multiprocessor: of threads with 64, 80 or 102 registers, as further sums take them.
     """
     if device.type == "cpu":  # interpreted
         return 3
-    warps = 16 if layer_scale else 24 if bias else 32
+    warps = 16 if layer_scale or biases > 1 else 24 if biases else 32
     return multiprocessors(device) * max(1, warps // choose_config(width)["num_warps"])
 
 
@@ -224,19 +232,22 @@ def add_norm_backward(
     centred: bool,
     has_bias: bool,
     branch_dtype: torch.dtype | None,
+    linear_bias: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return dx, dbranch in branch_dtype (None for None: it would be dx), and in float32 the rows dweight, dbias (if
-    has_bias) and dlayer_scale (if there is one). branch_TE is needed for dlayer_scale alone."""
+    """Return dx, dbranch in branch_dtype (None for None: it would be dx), and in float32, to be summed over programs,
+    the rows dweight, dbias (if has_bias), dlayer_scale (if there is one) and, if asked for, the gradient of the bias of
+    a linear layer whose output the branch is. branch_TE is needed for dlayer_scale alone."""
     tokens, width = x_new_TE.shape
     has_keep, has_layer_scale = stats_RT.shape[0] > 1 + centred, layer_scale_E is not None
     dx_TE = x_new_TE.new_empty(tokens, width)
     dbranch_TE = None if branch_dtype is None else x_new_TE.new_empty(tokens, width, dtype=branch_dtype)
-    programs = programs_of_backward(x_new_TE.device, width, has_bias, has_layer_scale)
-    partial_GNE = x_new_TE.new_empty(programs, 1 + has_bias + has_layer_scale, width, dtype=torch.float32)
-    bound_backward(width, centred, has_keep, has_bias)(
+    programs = programs_of_backward(x_new_TE.device, width, has_bias + linear_bias, has_layer_scale)
+    sums = 1 + has_bias + has_layer_scale + linear_bias
+    partial_GNE = x_new_TE.new_empty(programs, sums, width, dtype=torch.float32)
+    bound_backward(width, centred, has_keep, has_bias, linear_bias)(
         (programs,), d_x_new_ptr=None if d_x_new_TE is None else d_x_new_TE.contiguous(),
         d_normed_ptr=d_normed_TE.contiguous(), x_new_ptr=x_new_TE.contiguous(), stats_ptr=stats_RT,
         branch_ptr=branch_TE.contiguous() if branch_TE is not None and has_layer_scale else None, weight_ptr=weight_E,
         layer_scale_ptr=layer_scale_E, dx_ptr=dx_TE, dbranch_ptr=dbranch_TE, partials_ptr=partial_GNE, tokens=tokens,
     )  # fmt: skip
-    return dx_TE, dbranch_TE, partial_GNE.sum(0)
+    return dx_TE, dbranch_TE, partial_GNE

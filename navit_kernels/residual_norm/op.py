@@ -111,11 +111,13 @@ def _backward_kernel(
     d_x_new_TE: Tensor | None, d_normed_TE: Tensor, x_new_TE: Tensor, stats_RT: Tensor, branch_TE: Tensor | None,
     weight_E: Tensor, layer_scale_E: Tensor | None, centred: bool, has_bias: bool, branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from .._column_sums import sum_rows
     from . import kernel
 
-    dx_TE, dbranch_TE, parameters_NE = kernel.add_norm_backward(
+    dx_TE, dbranch_TE, partial_GNE = kernel.add_norm_backward(
         d_x_new_TE, d_normed_TE, x_new_TE, stats_RT, branch_TE, weight_E, layer_scale_E, centred, has_bias, branch_dtype
     )
+    (parameters_NE,) = sum_rows([partial_GNE])
     return dx_TE, dx_TE.new_empty(0, dx_TE.shape[1]) if dbranch_TE is None else dbranch_TE, parameters_NE
 
 
