@@ -184,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             clear(options.device)
             sides = build(case, grids)
             for direction in directions:
-                for contender, side in sides.items():
+                able = {contender: side for contender, side in sides.items() if direction in side.directions}
+                for contender, side in able.items():
                     if time.monotonic() > options.deadline:
                         print(f"{name} {images} {direction}: no time left for {contender}")
                         continue

@@ -25,12 +25,13 @@ class Side(NamedTuple):
     """run() does what a user's step does, host work included, and gives one differentiable tensor.
 
     The sides of a case give the same tensor. Gradients of parameters of the same name are compared.
-    autocast: to bf16, on a GPU.
+    autocast: to bf16, on a GPU. directions: which of the case's it can run.
     """
 
     model: nn.Module
     run: Callable[[], Tensor]
     autocast: bool = True
+    directions: Sequence[str] = DIRECTIONS
 
 
 class Case(NamedTuple):

@@ -2,6 +2,7 @@
 
 Before: the batch padded to its longest image, as timm's loader pads it, and compiled for exactly its shape. After: as
 it is, and compiled for batches of any shape; patch_valid on the GPU as all else, so that each step waits for it once.
+"valid on the CPU": as the loader left it, and nothing waits. "captured": that as one CUDA graph, for a single image.
 """
 
 import copy
@@ -14,6 +15,7 @@ import torch
 from integration_cases import Case, Grids, Side, kept
 from torch import Tensor
 
+from navit.graphs import Captured
 from navit.integrations.timm import accelerate
 
 PATCH = 16
@@ -59,9 +61,16 @@ def models(name: str, device: str, small: bool) -> dict[str, tuple[Any, Any]]:
 
 
 def build(name: str, grids: Grids, device: str, small: bool) -> dict[str, Side]:
-    sides = models(name, device, small)
-    batch = {key: tensor.to(device) for key, tensor in padded(grids).items()}
-    return {side: Side(model, functools.partial(runs, batch)) for side, (model, runs) in sides.items()}
+    given, made = padded(grids), models(name, device, small)
+    batch = {key: tensor.to(device) for key, tensor in given.items()}
+    sides = {side: Side(model, functools.partial(runs, batch)) for side, (model, runs) in made.items()}
+    fast, _ = made["after"]
+    with_lengths = {**batch, "patch_valid": given["patch_valid"]}
+    sides["valid on the CPU"] = Side(fast, functools.partial(fast, with_lengths))
+    if device == "cuda" and len(grids) == 1:
+        replay = functools.cache(lambda: Captured(fast, with_lengths))  # under the step's autocast
+        sides["captured"] = Side(fast, lambda: replay()(with_lengths).clone(), directions=("forward",))
+    return sides
 
 
 CASES = {label: Case(PATCH, functools.partial(build, name)) for label, name in MODELS.items()}

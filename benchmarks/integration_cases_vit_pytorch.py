@@ -4,6 +4,7 @@ The nested one as shipped makes leaves of its tokens and pooling queries, so tha
 keep their history (`torch.nested.as_nested_tensor`), on both sides of the comparison the same gradients flow.
 They run as shipped, uncompiled: a graph of theirs would unroll every image of one batch.
 "after, compiled" is compiled for batches of any shape; the images are packed before it, in the time that is given.
+"captured" is "after" as one CUDA graph, for a single image.
 """
 
 import functools
@@ -13,6 +14,7 @@ import torch
 from integration_cases import Case, Grids, Side, kept
 from model_baselines import vit_pytorch_module
 
+from navit.graphs import Captured
 from navit.integrations.vit_pytorch import accelerate
 
 PATCH, TABLE = 16, 64  # pixels; rows of the position tables
@@ -48,6 +50,9 @@ def build(nested: bool, grids: Grids, device: str, small: bool) -> dict[str, Sid
     }
     if device == "cuda":
         sides["after, compiled"] = Side(fast, lambda: compiled(fast.pack(images)))
+        if len(images) == 1:
+            replay = functools.cache(lambda: Captured(fast, fast.pack(images)))  # under the step's autocast
+            sides["captured"] = Side(fast, lambda: replay()(fast.pack(images)).clone(), directions=("forward",))
     return sides
 
 

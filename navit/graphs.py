@@ -75,11 +75,13 @@ def pad_pack(packed: PackedImages, image_budget: int, token_drop: float = 0.0) -
 class Captured:
     """A function recorded once as a CUDA graph, then replayed for other inputs of the same shapes.
 
-    run: takes tensors, and packs made by `pad_pack`, on one GPU. It must not wait for the GPU, nor depend on values on
-        the host. Every segment of a pack is an image to it, so that a model gives rows for padding too: cut them off.
-    example: what run takes; run is called with it a few times before it is recorded.
+    run: takes tensors, and packs made by `pad_pack`, on one GPU. It must not wait for the GPU. Every segment of a pack
+        is an image to it, so that a model gives rows for padding too: cut them off.
+    example: what run takes; run is called with it a few times before it is recorded. Tensors on the CPU, such as a
+        patch_valid without padding, are part of what is recorded: calls must bring the same values.
 
-    A call copies its inputs, replays and returns what run returned, in memory that the next call writes again.
+    A call copies its inputs, replays and returns what run returned, in memory that the next call writes again. Raises
+    ValueError for inputs of other shapes, or of other values on the CPU, than were recorded.
     """
 
     def __init__(self, run: Callable[..., Any], *example: Any) -> None:
@@ -103,7 +105,10 @@ class Captured:
             different = [pair for pair in zip(recorded, given, strict=False) if pair[0] != pair[1]]
             fail("inputs", "of the shapes and dtypes recorded", f"(recorded, given) = {different[:1]}")
         for mine, theirs in zip(self.inputs, leaves, strict=True):
-            if isinstance(mine, Tensor):
+            if isinstance(mine, Tensor) and mine.device.type == "cpu":
+                if not torch.equal(mine, theirs.cpu()):
+                    fail("inputs", f"with the values recorded of a CPU tensor {tuple(mine.shape)}", "others")
+            elif isinstance(mine, Tensor):
                 mine.copy_(theirs, non_blocking=True)
         self.graph.replay()
         return self.outputs

@@ -12,6 +12,7 @@ A program holds no tensors. Each has a slot instead, a number: the arguments fir
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from operator import attrgetter, or_
 from typing import Any, NamedTuple
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._jit import has_launch_hooks, recording
 
@@ -131,14 +131,22 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         super().__init__()
-        self.slots, self.inputs, self.count = WeakTensorKeyDictionary(), len(tensors), len(tensors)
+        self.inputs, self.count = len(tensors), 0
+        self.numbers: dict[int, int] = {}  # slots of the tensors that are alive, by id
+        self.alive: dict[int, weakref.ref] = {}
         self.views: dict[int, Slot] = {}
         self.recorded: list[Recorded] = []
         self.repeatable = True  # every tensor's origin is known
         self.device = next(x.device for x in tensors if x is not None)
-        for number, tensor in enumerate(tensors):
+        for tensor in tensors:
             if tensor is not None:
-                self.slots[tensor] = number
+                self._number(tensor)
+            else:
+                self.count += 1
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled in here; to make sure of it takes the host longer than all else
 
     def __enter__(self) -> Recorder:
         recording.recorder = self
@@ -168,45 +176,57 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         several = isinstance(result, (list, tuple))
         outputs = [x for x in (result if several else (result,)) if isinstance(x, Tensor)]
-        new = [x for x in outputs if x not in self.slots]
-        reads: list[int] = []
-        arguments = self._marked([*args, *kwargs.values()], reads)
-        writes = [self._number(x) for x in new]
-        mutates = func._schema.is_mutable
-        if new and (mutates or len(new) < len(outputs) or any(x.device != self.device for x in new)):
-            self.repeatable = False
+        new = [x for x in outputs if id(x) not in self.numbers]
         if func in ALLOCATIONS:
-            step, reads = _allocate(result, writes[0]), []
-        else:
-            step = _call(QUICKER.get(func, func), arguments, [*kwargs], writes, several)
-        if func.is_view:
+            number = self._number(result)
+            self.recorded.append(Recorded(_allocate(result, number), (), (number,), False))
+            self.repeatable &= result.device == self.device
+            return result
+        reads: list[int] = []
+        arguments = [self._marked(value, reads) for value in (*args, *kwargs.values())]
+        writes = [self._number(x) for x in new]
+        function, is_view, mutates = _facts(func)
+        if new and (mutates or len(new) < len(outputs)):
+            self.repeatable = False
+        if is_view:
             origin = self.views.get(reads[0], Slot(reads[0]))
+            start = origin.offset - args[0].data_ptr()
             for x, number in zip(new, writes, strict=True):
-                self.views[number] = Slot(origin.number, origin.offset + x.data_ptr() - args[0].data_ptr())
+                self.views[number] = Slot(origin.number, start + x.data_ptr())
+        step = _call(function, arguments, [*kwargs], writes, several)
         self.recorded.append(Recorded(step, reads, writes, mutates))
         return result
 
     def _number(self, tensor: Tensor) -> int:
-        self.slots[tensor] = self.count
-        self.count += 1
-        return self.count - 1
+        key, number = id(tensor), self.count
+        self.numbers[key], self.count = number, number + 1
+        self.alive[key] = weakref.ref(tensor, functools.partial(self._forget, key))
+        return number
+
+    def _forget(self, key: int, _: Any) -> None:
+        del self.numbers[key], self.alive[key]  # another tensor may get this id
 
     def _slot(self, tensor: Tensor) -> int:
-        number = self.slots.get(tensor)
+        number = self.numbers.get(id(tensor))
         if number is None:
             self.repeatable = False
             return 0
         return number
 
-    def _marked(self, arguments: list[Any], reads: list[int]) -> list[Any]:
+    def _marked(self, value: Any, reads: list[int]) -> Any:
         """With a Slot, or a list of them, for tensors; their numbers go to reads."""
-        marked = []
-        for value in arguments:
-            parts = value if isinstance(value, (list, tuple)) else [value]
-            slots = [Slot(self._slot(x)) if isinstance(x, Tensor) else x for x in parts]
-            reads += [slot.number for slot in slots if isinstance(slot, Slot)]
-            marked.append(slots if parts is value else slots[0])
-        return marked
+        if isinstance(value, Tensor):
+            reads.append(self._slot(value))
+            return Slot(reads[-1])
+        if isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
+            return [self._marked(part, reads) for part in value]
+        return value
+
+
+@functools.cache
+def _facts(func: Any) -> tuple[Callable[..., Any], bool, bool]:
+    """What to call; whether its results are views of its first argument; whether it changes an argument."""
+    return QUICKER.get(func, func), func.is_view, func._schema.is_mutable
 
 
 def _allocate(tensor: Tensor, number: int) -> Step:
@@ -227,8 +247,11 @@ def _call(
 ) -> Step:
     """A torch op; the last of the arguments go by names."""
     one = [(place, value.number) for place, value in enumerate(arguments) if isinstance(value, Slot)]
-    many = [(place, value) for place, value in enumerate(arguments) if isinstance(value, list)]
-    many = [(place, value) for place, value in many if any(isinstance(part, Slot) for part in value)]
+    many = [
+        (place, value)
+        for place, value in enumerate(arguments)
+        if isinstance(value, list) and any(isinstance(part, Slot) for part in value)
+    ]
     positional = len(arguments) - len(names)
 
     def step(slots: Slots, stream: int) -> None:

@@ -171,3 +171,14 @@ def test_other_shapes_than_those_recorded_are_refused():
     assert doubled(torch.full((3,), 4.0, device="cuda")).tolist() == [8.0, 8.0, 8.0]
     with pytest.raises(ValueError, match="inputs must be of the shapes and dtypes recorded"):
         doubled(torch.ones(4, device="cuda"))
+
+
+@pytest.mark.gpu
+def test_values_on_the_cpu_are_part_of_what_was_recorded():
+    def scaled(x, factor):
+        return x * factor.item()
+
+    doubled, two = Captured(scaled, torch.ones(3, device="cuda"), torch.tensor(2.0)), torch.tensor(2.0)
+    assert doubled(torch.full((3,), 4.0, device="cuda"), two).tolist() == [8.0, 8.0, 8.0]
+    with pytest.raises(ValueError, match=r"inputs must be with the values recorded of a CPU tensor"):
+        doubled(torch.ones(3, device="cuda"), torch.tensor(3.0))

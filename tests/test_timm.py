@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from navit.graphs import Captured
 from navit.integrations import timm as integration
 from navit.integrations.padding import unpad, whole
 from navit.integrations.resampling import MODES, resampled_positions
@@ -264,7 +265,10 @@ def test_padding_and_back() -> None:
     assert packed.flatten().tolist() == [9, 0, 1, 9, 2, 3, 9]
     assert torch.equal(pack.without_prefix(packed), x_TE)
     assert pack.pad(packed)[..., 0].tolist() == [[9, 0, 1, 0], [9, 2, 0, 3], [9, 0, 0, 0]]
-    full = whole(2, 3, torch.device("cpu"))
+    with torch.inference_mode():
+        full = unpad(torch.ones(2, 3).bool(), torch.device("cpu"))
+    assert full is whole(2, 3, torch.device("cpu"))  # kept, and as good for training
+    assert not full.slots_T.is_inference()
     assert full.slots_T.tolist() == list(range(6))
     assert full.plan.cu_seqlens.tolist() == [0, 3, 6]
 
@@ -549,3 +553,17 @@ def test_gpu_with_patch_valid_on_the_cpu_nothing_waits(naflexvit: Any, changes: 
         model(inputs).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_gpu_without_padding_a_forward_can_be_captured(naflexvit: Any) -> None:
+    model = accelerate(make(naflexvit, **{**COMPARED["gap"], **WIDE})).cuda().eval()
+    first, second, other = (batch([(8, 8), (8, 8)]), batch([(8, 8), (8, 8)]), batch([(8, 8), (7, 8)]))
+    second["patches"] = -second["patches"]
+    first, second, other = ({**to("cuda", x), "patch_valid": x["patch_valid"]} for x in (first, second, other))
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        captured = Captured(model, first)
+        for inputs in (second, first):
+            assert torch.equal(captured(inputs), model(inputs))
+        with pytest.raises(ValueError, match="values recorded of a CPU tensor"):
+            captured(other)

@@ -5,6 +5,7 @@ S images, N slots of each in the padded batch, R prefix tokens of each image, T 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from navit_kernels import PackPlan, plan_pack
+from navit_kernels._direct import skips_dispatcher
 from navit_kernels.plan import CLASSES, ITEM_FIELDS, max_items
 
 _HOST_OFFSETS = plan_pack([]).host_offsets
@@ -79,12 +81,19 @@ def unpad(valid_SN: Tensor, device: torch.device, prefix: int = 0) -> Unpadded:
     """Find the tokens of a padded batch and plan the pack of them.
 
     valid_SN: bool (S, N), in any pattern. On a GPU, the lengths in it are waited for, and nothing else; on the CPU,
-        nothing is.
+        nothing is, but for what `whole` says.
     device: where the pack's tokens are. prefix: tokens that will stand before each image's own.
 
     One opaque op, whose number of tokens torch.compile learns when it runs: a compiled graph ends at it, unless
     torch._dynamo.config.capture_dynamic_output_shape_ops is set.
     """
+    if valid_SN.device.type == "cpu" and skips_dispatcher(valid_SN) and bool(valid_SN.all()):
+        images, slots = valid_SN.shape
+        return whole(images, slots, device, prefix)
+    return _unpadded(valid_SN, device, prefix)
+
+
+def _unpadded(valid_SN: Tensor, device: torch.device, prefix: int) -> Unpadded:
     slots_T, cu_seqlens, items, offsets, host_offsets = _unpad(valid_SN, device, prefix)
     before = prefix * torch.arange(valid_SN.shape[0] + 1, device=device, dtype=torch.int32)
     plan = PackPlan(cu_seqlens, None, items, offsets, host_offsets)
@@ -92,9 +101,25 @@ def unpad(valid_SN: Tensor, device: torch.device, prefix: int = 0) -> Unpadded:
 
 
 def whole(images: int, slots: int, device: torch.device, prefix: int = 0) -> Unpadded:
-    """The same for a batch without padding: nothing is waited for."""
-    pack = unpad(torch.ones(images, slots, dtype=torch.bool), device, prefix)
+    """The same for a batch without padding. It is kept for the next batch of the shape, so that a CUDA graph can hold
+    it: nothing comes from the host but the first time, when that is waited for."""
+    if torch.compiler.is_compiling():
+        return _whole(images, slots, device, prefix)
+    return _kept_whole(images, slots, device, prefix)
+
+
+def _whole(images: int, slots: int, device: torch.device, prefix: int) -> Unpadded:
+    pack = _unpadded(torch.ones(images, slots, dtype=torch.bool), device, prefix)
     return replace(pack, slots_T=torch.arange(images * slots, device=device))
+
+
+@functools.lru_cache(64)
+def _kept_whole(images: int, slots: int, device: torch.device, prefix: int) -> Unpadded:
+    with torch.inference_mode(False):
+        pack = _whole(images, slots, device, prefix)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # the next batch may be on another stream
+    return pack
 
 
 @torch.library.custom_op("navit::unpad", mutates_args=())

@@ -52,7 +52,8 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     The lengths in patch_valid are waited for, once per forward; nothing else is (timm's own waits for the grid of every
     image). Leave patch_valid on the CPU, the rest on the GPU, and there is no wait at all, unless patches are dropped.
-    Nor is there for a batch of images. torch.compile works with fullgraph=True, too.
+    Nor is there for a batch of images. Without padding, only the first batch of a shape is waited for, and a forward
+    can be recorded as a CUDA graph (`navit.graphs.Captured`). torch.compile works with fullgraph=True, too.
 
     Positions, as timm's, take patches to stand row by row from the first one, unless pos_embed_use_grid_sample is set,
     which reads patch_coord. An image without a valid patch pools to zeros.
