@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 pytest.importorskip("triton")
+from navit_kernels import _replay
 from navit_kernels._jit import recording
 from navit_kernels._replay import Program, Recorder
 
@@ -49,6 +50,39 @@ def test_torch_ops_and_views() -> None:
                 assert torch.equal(mine, theirs)
                 assert (mine.dtype, mine.stride()) == (theirs.dtype, theirs.stride())
     assert not torch.equal(results[0], program.run(inputs(1), 0)[0])
+
+
+def test_a_kind_of_arguments_is_recorded_once_it_has_come_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def function(tensors: list[Tensor], factor: float) -> list[Tensor | None]:
+        calls.append(tensors[0].shape)
+        return [factor * tensors[0] + tensors[1]]
+
+    monkeypatch.setattr(_replay, "may_replay", lambda device: True)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    replayed = _replay.Replayed(function)
+    for i in range(2 * _replay.CALLS):
+        for factor in (2.0, 3.0):
+            x, y = torch.full((4, 4), float(i)), torch.ones(4, 4)
+            assert torch.equal(replayed(factor, (x, y), factor)[0], factor * x + y)
+    assert len(calls) == 2 * (_replay.CALLS + 1)
+    replayed(2.0, (x.to(torch.float64), y), 2.0)
+    replayed(2.0, (x.t(), y), 2.0)
+    replayed(2.0, (x, x), 2.0)  # which of the two an argument came from is not known
+    assert len(calls) == 2 * (_replay.CALLS + 1) + 3
+    for rows in range(2 * _replay.KINDS):
+        replayed(2.0, (torch.ones(rows + 5, 4), y[:1]), 2.0)
+    assert len(replayed.known) == _replay.KINDS
+
+
+def test_what_cannot_be_recorded_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    constant = torch.ones(4)
+    monkeypatch.setattr(_replay, "may_replay", lambda device: True)
+    replayed = _replay.Replayed(lambda tensors: [tensors[0] + constant])
+    for i in range(2 * _replay.CALLS):
+        assert replayed(None, (torch.full((4,), float(i)),))[0].tolist() == [i + 1.0] * 4
+    assert [*replayed.known.values()] == [_replay.NEVER]
 
 
 class Descriptor:

@@ -558,7 +558,7 @@ def test_gpu_with_patch_valid_on_the_cpu_nothing_waits(naflexvit: Any, changes: 
 @pytest.mark.gpu
 def test_gpu_without_padding_a_forward_can_be_captured(naflexvit: Any) -> None:
     model = accelerate(make(naflexvit, **{**COMPARED["gap"], **WIDE})).cuda().eval()
-    first, second, other = (batch([(8, 8), (8, 8)]), batch([(8, 8), (8, 8)]), batch([(8, 8), (7, 8)]))
+    first, second, other = (batch([(8, 8), size], padding=0) for size in ((8, 8), (8, 8), (7, 8)))
     second["patches"] = -second["patches"]
     first, second, other = ({**to("cuda", x), "patch_valid": x["patch_valid"]} for x in (first, second, other))
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
