@@ -232,7 +232,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     options.add_argument("--out", help="write here instead of benchmarks/results/<gpu>/<bench>.json")
     options.add_argument("--merge", action="store_true", help="add to the results there, if machine and commit agree")
-    options.add_argument("--quick", action="store_true", help="fewer repetitions: to look, not to report")
+    options.add_argument("--quick", action="store_true", help="a third of the repetitions")
     options.add_argument("--smoke", action="store_true", help="tiny sizes on the CPU, to see that the script runs")
     options.add_argument("--budget-seconds", type=float, default=1e9, help="start nothing new after this long")
     return options

@@ -72,6 +72,19 @@ def test_imports_point_one_way(path: Path) -> None:
         assert not {name for name in modules if {"kernel", "op", "triton"} & set(name)}, "a reference is plain torch"
 
 
+def test_kernels_are_launched_where_replays_see_it() -> None:
+    """kernel[grid](...) is for _jit.py alone, and for the hand-over to flash-attn, which no block makes."""
+    launches = {
+        path.name
+        for path in KERNELS.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Subscript)
+        and not isinstance(node.func.value, ast.Call)
+    }
+    assert launches == {"_jit.py", "kernel_flash.py"}
+
+
 def test_navit_kernels_imports_with_torch_alone() -> None:
     packages = packages_after("import torch; import navit_kernels")
     assert "navit_kernels" in packages
