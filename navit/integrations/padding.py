@@ -113,7 +113,7 @@ def _whole(images: int, slots: int, device: torch.device, prefix: int) -> Unpadd
     return replace(pack, slots_T=torch.arange(images * slots, device=device))
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(16)
 def _kept_whole(images: int, slots: int, device: torch.device, prefix: int) -> Unpadded:
     with torch.inference_mode(False):
         pack = _whole(images, slots, device, prefix)
