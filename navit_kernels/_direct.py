@@ -11,15 +11,18 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
-def skips_dispatcher(x: Tensor) -> bool:
-    """Whether there are plain tensors, which hold numbers, and nobody who watches what is called on them."""
+def nobody_watches() -> bool:
+    """Whether what is called is called for itself: it is not traced, and not transformed."""
     return (
         not torch.compiler.is_compiling()
-        and not x.is_meta
-        and type(x) in (Tensor, torch.nn.Parameter)
         and not is_in_torch_dispatch_mode()
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def skips_dispatcher(x: Tensor) -> bool:
+    """Whether there are plain tensors, which hold numbers, and nobody who watches what is called on them."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta and nobody_watches()
 
 
 def define(name: str, kernel: Callable[..., Any]) -> Any:

@@ -12,6 +12,7 @@ A program holds no tensors. Each has a slot instead, a number: the arguments fir
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from operator import attrgetter, or_
@@ -37,8 +38,7 @@ QUICKER: dict[Any, Callable[..., Any]] = {
 # run it ten times. Forward and backward of 12 blocks on 4,000 tokens, ms of the host's: 17 + 27; replayed 12 + 17; on
 # packs that are all different, each of whose kinds was recorded when it first came, 16 + 30.
 CALLS = 32
-KINDS = 256  # that are known, per function: beyond them the oldest are forgotten
-NEVER = CALLS + 1  # recorded in vain
+KINDS = 256  # that are counted, and that are recorded, per function: beyond them the oldest are forgotten
 
 Slots = list[Any]
 Step = Callable[[Slots, int], None]  # of the slots and the stream
@@ -63,13 +63,14 @@ class Recorded(NamedTuple):
 class Replayed:
     """function(tensors, *fixed): a list of tensors and Nones, from another.
 
-    It launches by BoundKernel alone, changes no argument and looks at no value in a tensor. Its steps may depend on
-    what a call gives as `kind`, and on the shapes, strides and dtypes of the tensors.
+    It launches by BoundKernel alone, changes no argument and looks at no value in one. Its steps may depend on what a
+    call gives as `kind`, and on the shapes, strides, dtypes and alignments of the tensors.
     """
 
     def __init__(self, function: Callable[..., Sequence[Tensor | None]]) -> None:
         self.function = function
-        self.known: dict[tuple, Program | int] = {}  # by kind of arguments; a number: of calls, until it is recorded
+        self.calls: dict[tuple, int] = {}  # of the kinds that are not recorded yet
+        self.programs: dict[tuple, Program | None] = {}  # None: recorded in vain
 
     def __call__(self, kind: Hashable, tensors: Sequence[Tensor | None], *fixed: Any) -> Sequence[Tensor | None]:
         """kind: all of `fixed` that the function looks at. The first of the tensors is on a GPU."""
@@ -77,41 +78,53 @@ class Replayed:
         assert first is not None
         given = [x for x in tensors if x is not None]
         addresses = [*map(Tensor.data_ptr, given)]
-        device = first.get_device()
-        if (
-            functools.reduce(or_, addresses) % 16
-            or len({*addresses}) < len(given)  # one of them may be another the next time
-            or not may_replay(device)
-        ):
+        if len({*addresses}) < len(given) or not may_replay(first):  # one of two may be another the next time
             return self.function(tensors, *fixed)
+        device = first.get_device()
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
         key = (kind, device, autocast, *map(type, tensors), *map(SHAPE, given), *map(DTYPE, given))
         key += tuple(map(Tensor.stride, given))
-        known = self.known.get(key, 0)
-        if isinstance(known, Program):
-            return known.run(tensors, torch._C._cuda_getCurrentRawStream(device))
-        if known == CALLS:
+        if functools.reduce(or_, addresses) % 16:
+            key += tuple(address % 16 for address in addresses)
+        program = self.programs.get(key, _unknown)
+        if program is _unknown:
+            return self._run_unknown(key, tensors, fixed)
+        if program is None:
+            return self.function(tensors, *fixed)
+        return program.run(tensors, torch._C._cuda_getCurrentRawStream(device))
+
+    def _run_unknown(self, key: tuple, tensors: Sequence[Tensor | None], fixed: Any) -> Sequence[Tensor | None]:
+        """The function itself, recorded or counted."""
+        calls = self.calls.get(key, 0)
+        if calls < CALLS or not _recording.acquire(blocking=False):
+            if len(self.calls) >= KINDS:
+                self.calls.clear()
+            self.calls[key] = calls + 1
+            return self.function(tensors, *fixed)
+        try:
             with Recorder(tensors) as recorder:
                 results = self.function(tensors, *fixed)
-            self.known[key] = recorder.program(results) or NEVER
-            return results
-        if known < CALLS:
-            if not known and len(self.known) >= KINDS:
-                self.known.pop(next(iter(self.known)), None)
-            self.known[key] = known + 1
-        return self.function(tensors, *fixed)
+            if len(self.programs) >= KINDS:
+                del self.programs[next(iter(self.programs))]
+            self.programs[key] = recorder.program(results)
+        finally:
+            _recording.release()
+        self.calls.pop(key, None)
+        return results
 
 
-def may_replay(device: int) -> bool:
-    """Whether launches go to this device now, and nobody but the device takes them."""
+def may_replay(x: Tensor) -> bool:
+    """Whether launches go to this tensor's GPU now, and nobody but the GPU takes them."""
     return (
-        device >= 0
-        and device == torch.cuda.current_device()
+        x.is_cuda
+        and x.get_device() == torch.cuda.current_device()
         and not torch.cuda.is_current_stream_capturing()
         and not has_launch_hooks()
     )
 
 
+_unknown: Any = object()
+_recording = threading.Lock()  # held by one thread: torch's count of dispatch modes knows no threads
 SHAPE, DTYPE = attrgetter("shape"), attrgetter("dtype")
 
 
@@ -195,17 +208,19 @@ class Recorder(TorchDispatchMode):
             self.recorded.append(Recorded(_allocate(result, number), (), (number,), False))
             self.repeatable &= result.device == self.device
             return result
+        if not any(_may_be_on(self.device, x) for x in (*args, *kwargs.values(), *outputs)):
+            return result  # about numbers on the host, which belong to the kind
         reads: list[int] = []
         arguments = [self._marked(value, reads) for value in (*args, *kwargs.values())]
         writes = [self._number(x) for x in new]
         function, is_view, mutates = _facts(func)
         if new and (mutates or len(new) < len(outputs)):
             self.repeatable = False
-        if is_view:
-            origin = self.views.get(reads[0], Slot(reads[0]))
-            start = origin.offset - args[0].data_ptr()
+        if is_view and new:
+            origin, memory = self.views.get(reads[0], Slot(reads[0])), args[0].untyped_storage().data_ptr()
             for x, number in zip(new, writes, strict=True):
-                self.views[number] = Slot(origin.number, start + x.data_ptr())
+                if x.untyped_storage().data_ptr() == memory:  # contiguous() and its like may have made a copy
+                    self.views[number] = Slot(origin.number, origin.offset + x.data_ptr() - args[0].data_ptr())
         step = _call(function, arguments, [*kwargs], writes, several)
         self.recorded.append(Recorded(step, reads, writes, mutates))
         return result
@@ -234,6 +249,10 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
             return [self._marked(part, reads) for part in value]
         return value
+
+
+def _may_be_on(device: torch.device, x: Any) -> bool:
+    return x.device == device if isinstance(x, Tensor) else isinstance(x, (list, tuple))
 
 
 @functools.cache

@@ -272,8 +272,6 @@ def test_gpu_inference_and_training_give_the_same_bits() -> None:
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_gpu_replays_give_the_bits_of_the_steps_themselves(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """For other tensors of the kind that was recorded, of segments of all classes, trained and not."""
-    from navit_kernels._replay import Program
-
     lengths = [5, 0, 130, 1, 300, 1100]
     plan = plan_pack(lengths, "cuda")
 
@@ -300,5 +298,5 @@ def test_gpu_replays_give_the_bits_of_the_steps_themselves(case: Case, monkeypat
                 expected = results(scale, trained)
             assert all(torch.equal(*pair) for pair in zip(replayed, expected, strict=True))
         forward, backward = op._replayed()
-        assert [len(part.known) for part in (forward, backward)] == [1, int(trained)]
-        assert all(isinstance(program, Program) for part in (forward, backward) for program in part.known.values())
+        assert [len(part.programs) for part in (forward, backward)] == [1, int(trained)]
+        assert None not in [*forward.programs.values(), *backward.programs.values()]

@@ -1,6 +1,7 @@
 """A recorded program gives, for other tensors, what the function itself gives for them."""
 
 import ctypes
+import threading
 import weakref
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 pytest.importorskip("triton")
 from navit_kernels import _replay
@@ -59,7 +61,7 @@ def test_a_kind_of_arguments_is_recorded_once_it_has_come_often(monkeypatch: pyt
         calls.append(tensors[0].shape)
         return [factor * tensors[0] + tensors[1]]
 
-    monkeypatch.setattr(_replay, "may_replay", lambda device: True)
+    monkeypatch.setattr(_replay, "may_replay", lambda x: True)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
     replayed = _replay.Replayed(function)
     for i in range(2 * _replay.CALLS):
@@ -73,16 +75,71 @@ def test_a_kind_of_arguments_is_recorded_once_it_has_come_often(monkeypatch: pyt
     assert len(calls) == 2 * (_replay.CALLS + 1) + 3
     for rows in range(2 * _replay.KINDS):
         replayed(2.0, (torch.ones(rows + 5, 4), y[:1]), 2.0)
-    assert len(replayed.known) == _replay.KINDS
+    assert len(replayed.calls) <= _replay.KINDS
+    count = len(calls)
+    replayed(3.0, (x, y), 3.0)
+    assert len(calls) == count  # what came often is not forgotten for what came once
 
 
 def test_what_cannot_be_recorded_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     constant = torch.ones(4)
-    monkeypatch.setattr(_replay, "may_replay", lambda device: True)
+    monkeypatch.setattr(_replay, "may_replay", lambda x: True)
     replayed = _replay.Replayed(lambda tensors: [tensors[0] + constant])
     for i in range(2 * _replay.CALLS):
         assert replayed(None, (torch.full((4,), float(i)),))[0].tolist() == [i + 1.0] * 4
-    assert [*replayed.known.values()] == [_replay.NEVER]
+    assert [*replayed.programs.values()] == [None]
+
+
+def test_alignment_is_part_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_replay, "may_replay", lambda x: True)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 0, raising=False)
+    monkeypatch.setattr(_replay, "CALLS", 0)
+    replayed, memory = _replay.Replayed(lambda tensors: [tensors[0] + 1]), torch.zeros(64)
+    for start in (0, 16, 1, 2, 5):
+        assert replayed(None, (memory[start : start + 8],))[0].tolist() == [1.0] * 8
+    assert len(replayed.programs) == 3
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_in_inference_mode_a_copy_is_no_view_and_numbers_on_the_host_are_constants(strided: bool) -> None:
+    def function(x: Tensor, *_: Tensor) -> list[Tensor | None]:
+        out = x.new_empty(2, 8)
+        add_rows(x.contiguous()[1], x.contiguous().flatten()[16:], out[0])
+        return [out[:1]]
+
+    def given(seed: int) -> list[Tensor]:
+        x = inputs(seed)[0]
+        return [x.t().contiguous().t() if strided else x]
+
+    with torch.inference_mode():
+        program = record(function, given(0))[1]
+        assert program is not None
+        for seed in (0, 1):
+            assert torch.equal(program.run(given(seed), 7)[0], function(*given(seed))[0])
+        ends = torch.tensor([1, 2])
+        assert record(lambda x: [x * sum(ends.tolist())], [torch.empty(4, device="meta")])[1] is not None
+
+
+def test_one_thread_records_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_replay, "may_replay", lambda x: True)
+    monkeypatch.setattr(_replay, "CALLS", 0)
+    inside, other_is_done = threading.Event(), threading.Event()
+
+    def slow(tensors: list[Tensor]) -> list[Tensor | None]:
+        inside.set()
+        assert other_is_done.wait(10)
+        return [tensors[0] + 1]
+
+    replayed, others = _replay.Replayed(slow), _replay.Replayed(lambda tensors: [tensors[0] + 2])
+    thread = threading.Thread(target=lambda: replayed(None, (torch.ones(4),)))
+    thread.start()
+    assert inside.wait(10)
+    assert others(None, (torch.ones(4),))[0].tolist() == [3.0] * 4
+    assert not others.programs
+    other_is_done.set()
+    thread.join()
+    assert len(replayed.programs) == 1
+    assert not is_in_torch_dispatch_mode()
 
 
 class Descriptor:

@@ -269,6 +269,8 @@ def test_padding_and_back() -> None:
         full = unpad(torch.ones(2, 3).bool(), torch.device("cpu"))
     assert full is whole(2, 3, torch.device("cpu"))  # kept, and as good for training
     assert not full.slots_T.is_inference()
+    torch.func.grad(lambda x: x * whole(2, 5, torch.device("cpu")).slots_T.shape[0])(torch.ones(()))
+    assert whole(2, 5, torch.device("cpu")).plan.items.data_ptr()  # not what the transform had
     assert full.slots_T.tolist() == list(range(6))
     assert full.plan.cu_seqlens.tolist() == [0, 3, 6]
 
@@ -563,7 +565,10 @@ def test_gpu_without_padding_a_forward_can_be_captured(naflexvit: Any) -> None:
     first, second, other = ({**to("cuda", x), "patch_valid": x["patch_valid"]} for x in (first, second, other))
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         captured = Captured(model, first)
-        for inputs in (second, first):
-            assert torch.equal(captured(inputs), model(inputs))
+        expected = [model(inputs) for inputs in (second, first)]
+        for slots in range(1, 40):  # other batches, whose plans take the place of this one's
+            whole(2, slots, first["patches"].device)
+        for inputs, rows in zip((second, first), expected, strict=True):
+            assert torch.equal(captured(inputs), rows)
         with pytest.raises(ValueError, match="values recorded of a CPU tensor"):
             captured(other)

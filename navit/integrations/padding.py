@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from navit_kernels import PackPlan, plan_pack
-from navit_kernels._direct import skips_dispatcher
+from navit_kernels._direct import nobody_watches, skips_dispatcher
 from navit_kernels.plan import CLASSES, ITEM_FIELDS, max_items
 
 _HOST_OFFSETS = plan_pack([]).host_offsets
@@ -101,11 +102,22 @@ def _unpadded(valid_SN: Tensor, device: torch.device, prefix: int) -> Unpadded:
 
 
 def whole(images: int, slots: int, device: torch.device, prefix: int = 0) -> Unpadded:
-    """The same for a batch without padding. It is kept for the next batch of the shape, so that a CUDA graph can hold
-    it: nothing comes from the host but the first time, when that is waited for."""
-    if torch.compiler.is_compiling():
-        return _whole(images, slots, device, prefix)
-    return _kept_whole(images, slots, device, prefix)
+    """The same for a batch without padding. It is kept for the next batch of the shape, so that a CUDA graph can be
+    made of it: nothing comes from the host but the first time, when that is waited for."""
+    shape = (images, slots, device, prefix)
+    if not nobody_watches():
+        return _whole(*shape)
+    pack, stream = _in_graphs.get(shape) or _kept_whole(*shape)
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            _in_graphs[shape] = pack, stream  # for ever: the graph will read it whenever it is replayed
+        elif torch.cuda.current_stream(device) != stream:
+            for part in (pack.slots_T, pack.cu_seqlens, pack.plan.cu_seqlens, pack.plan.items, pack.plan.offsets):
+                part.record_stream(torch.cuda.current_stream(device))
+    return pack
+
+
+_in_graphs: dict[tuple, tuple[Unpadded, Any]] = {}
 
 
 def _whole(images: int, slots: int, device: torch.device, prefix: int) -> Unpadded:
@@ -114,12 +126,15 @@ def _whole(images: int, slots: int, device: torch.device, prefix: int) -> Unpadd
 
 
 @functools.lru_cache(16)
-def _kept_whole(images: int, slots: int, device: torch.device, prefix: int) -> Unpadded:
+def _kept_whole(images: int, slots: int, device: torch.device, prefix: int) -> tuple[Unpadded, Any]:
+    """And the stream that it was made on."""
     with torch.inference_mode(False):
         pack = _whole(images, slots, device, prefix)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # the next batch may be on another stream
-    return pack
+    if device.type != "cuda":
+        return pack, None
+    stream = torch.cuda.current_stream(device)
+    stream.synchronize()  # the next batch may be on another stream
+    return pack, stream
 
 
 @torch.library.custom_op("navit::unpad", mutates_args=())

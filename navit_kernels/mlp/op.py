@@ -116,10 +116,13 @@ def _backward_kernel(
     from . import kernel
 
     kept_TU = hidden_TU if hidden_TU.shape[0] == x_TE.shape[0] else None
-    grads = kernel.feed_forward_backward(dout_TE, x_TE, kept_TU, up_UE, down_EM, up_bias_U, activation, weight_dtype)
-    down_bias = dout_TE if weight_dtype is not None and down_bias_grad else dout_TE[:, :0]
-    dx_TE, dup_UE, ddown_EM, partial_GU = (x_TE.new_empty(0, 0) if grad is None else grad for grad in grads)
-    dup_bias_U, ddown_bias_E = (part.sum(0, dtype=torch.float32) for part in (partial_GU, down_bias))
+    dx_TE, dup_UE, ddown_EM, partial_GU = kernel.feed_forward_backward(
+        dout_TE, x_TE, kept_TU, up_UE, down_EM, up_bias_U, activation, weight_dtype
+    )
+    dup_UE, ddown_EM = (x_TE.new_empty(0) if grad is None else grad for grad in (dup_UE, ddown_EM))
+    summed = (x_TE[:, :0] if partial_GU is None else partial_GU,
+              dout_TE if weight_dtype is not None and down_bias_grad else dout_TE[:, :0])  # fmt: skip
+    dup_bias_U, ddown_bias_E = (part.sum(0, dtype=torch.float32) for part in summed)
     return dx_TE, dup_UE, ddown_EM, dup_bias_U, ddown_bias_E
 
 
