@@ -68,7 +68,8 @@ class Layers(NamedTuple):
 
 
 class Work(NamedTuple):
-    """A plan's lists; and per image how much of either branch is kept, or None for all."""
+    """A plan's lists, those on the host as a tensor or as numbers; and per image how much of either branch is kept, or
+    None for all."""
 
     items: Tensor
     offsets: Tensor

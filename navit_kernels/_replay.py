@@ -61,10 +61,10 @@ class Recorded(NamedTuple):
 
 
 class Replayed:
-    """function(tensors, *fixed): a list of tensors and Nones, from another.
+    """function(tensors, *options): a list of tensors and Nones, from another.
 
-    It launches by BoundKernel alone, changes no argument and looks at no value in one. Its steps may depend on what a
-    call gives as `kind`, and on the shapes, strides, dtypes and alignments of the tensors.
+    It launches by BoundKernel alone, changes no argument and looks at no value in one. Its steps may depend on the
+    options, which are hashable, and on the shapes, strides, dtypes and alignments of the tensors.
     """
 
     def __init__(self, function: Callable[..., Sequence[Tensor | None]]) -> None:
@@ -72,38 +72,38 @@ class Replayed:
         self.calls: dict[tuple, int] = {}  # of the kinds that are not recorded yet
         self.programs: dict[tuple, Program | None] = {}  # None: recorded in vain
 
-    def __call__(self, kind: Hashable, tensors: Sequence[Tensor | None], *fixed: Any) -> Sequence[Tensor | None]:
-        """kind: all of `fixed` that the function looks at. The first of the tensors is on a GPU."""
+    def __call__(self, tensors: Sequence[Tensor | None], *options: Hashable) -> Sequence[Tensor | None]:
+        """The first of the tensors is there."""
         first = tensors[0]
         assert first is not None
         given = [x for x in tensors if x is not None]
         addresses = [*map(Tensor.data_ptr, given)]
         if len({*addresses}) < len(given) or not may_replay(first):  # one of two may be another the next time
-            return self.function(tensors, *fixed)
+            return self.function(tensors, *options)
         device = first.get_device()
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
-        key = (kind, device, autocast, *map(type, tensors), *map(SHAPE, given), *map(DTYPE, given))
+        key = (options, device, autocast, *map(type, tensors), *map(SHAPE, given), *map(DTYPE, given))
         key += tuple(map(Tensor.stride, given))
         if functools.reduce(or_, addresses) % 16:
             key += tuple(address % 16 for address in addresses)
         program = self.programs.get(key, _unknown)
         if program is _unknown:
-            return self._run_unknown(key, tensors, fixed)
+            return self._run_unknown(key, tensors, options)
         if program is None:
-            return self.function(tensors, *fixed)
+            return self.function(tensors, *options)
         return program.run(tensors, torch._C._cuda_getCurrentRawStream(device))
 
-    def _run_unknown(self, key: tuple, tensors: Sequence[Tensor | None], fixed: Any) -> Sequence[Tensor | None]:
+    def _run_unknown(self, key: tuple, tensors: Sequence[Tensor | None], options: Any) -> Sequence[Tensor | None]:
         """The function itself, recorded or counted."""
         calls = self.calls.get(key, 0)
         if calls < CALLS or not _recording.acquire(blocking=False):
             if len(self.calls) >= KINDS:
                 self.calls.clear()
             self.calls[key] = calls + 1
-            return self.function(tensors, *fixed)
+            return self.function(tensors, *options)
         try:
             with Recorder(tensors) as recorder:
-                results = self.function(tensors, *fixed)
+                results = self.function(tensors, *options)
             if len(self.programs) >= KINDS:
                 del self.programs[next(iter(self.programs))]
             self.programs[key] = recorder.program(results)
@@ -208,8 +208,6 @@ class Recorder(TorchDispatchMode):
             self.recorded.append(Recorded(_allocate(result, number), (), (number,), False))
             self.repeatable &= result.device == self.device
             return result
-        if not any(_may_be_on(self.device, x) for x in (*args, *kwargs.values(), *outputs)):
-            return result  # about numbers on the host, which belong to the kind
         reads: list[int] = []
         arguments = [self._marked(value, reads) for value in (*args, *kwargs.values())]
         writes = [self._number(x) for x in new]
@@ -249,10 +247,6 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
             return [self._marked(part, reads) for part in value]
         return value
-
-
-def _may_be_on(device: torch.device, x: Any) -> bool:
-    return x.device == device if isinstance(x, Tensor) else isinstance(x, (list, tuple))
 
 
 @functools.cache

@@ -88,9 +88,7 @@ def _takes(x_TE: Tensor, normed_TE: Tensor, parameters: Parameters, heads: int) 
 # The kernels, one after the other
 
 
-def _forward_steps(
-    tensors: Sequence[Any], host_offsets: Tensor | None, o: Options, trained: bool
-) -> Sequence[Tensor | None]:
+def _forward_steps(tensors: Sequence[Any], host_offsets: Any, o: Options, trained: bool) -> Sequence[Tensor | None]:
     x_TE, normed_TE, *rest = tensors
     work, p = Work(*rest[:WORK])._replace(host_offsets=host_offsets), Parameters(*rest[WORK:])
     x_TE, normed_TE, saved = passes.forward(passes.kernels(), x_TE, normed_TE, work, p, o, trained)
@@ -98,7 +96,7 @@ def _forward_steps(
 
 
 def _backward_steps(
-    tensors: Sequence[Any], host_offsets: Tensor | None, o: Options, weight_grads: bool
+    tensors: Sequence[Any], host_offsets: Any, o: Options, weight_grads: bool
 ) -> Sequence[Tensor | None]:
     x_TE, normed_TE, d_x, d_normed, *rest = tensors
     saved, p = Saved(*rest[:SAVED]), Parameters(*rest[-PARAMETERS:])
@@ -120,10 +118,9 @@ def _replayed() -> tuple[Callable[..., Sequence[Any]], Callable[..., Sequence[An
 
 
 def _run(which: int, tensors: Sequence[Tensor | None], work: Work, p: Parameters, o: Options, flag: bool) -> Any:
-    """Forward or backward, whose steps depend on where the classes of items end, too."""
-    offsets = work.host_offsets
-    kind = (o, flag, None if offsets is None else tuple(offsets.tolist()))
-    return _replayed()[which](kind, (*tensors, *work._replace(host_offsets=None), *p), offsets, o, flag)
+    """Forward or backward. Where a plan's classes end decides what is launched, so that these go along as numbers."""
+    ends = None if work.host_offsets is None else tuple(work.host_offsets.tolist())
+    return _replayed()[which]((*tensors, *work._replace(host_offsets=None), *p), ends, o, flag)
 
 
 def _run_forward(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
-import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -12,6 +14,7 @@ import pytest
 import torch
 from exact_interpreter import exact_interpreter
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from navit_kernels import (
     PackPlan,
@@ -19,6 +22,7 @@ from navit_kernels import (
 )
 from navit_kernels import _block_passes as passes
 from navit_kernels import block as op
+from navit_kernels._block_arguments import Work
 from navit_kernels._block_reference import block as by_ops
 from navit_kernels.block import Options, Parameters, block
 from navit_kernels.head_norm import NORM_CODES
@@ -178,6 +182,97 @@ def test_either_result_alone_has_its_gradient(used: int) -> None:
         torch.testing.assert_close(actual, expected)
 
 
+MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
+
+
+def assert_replays_give_the_bits_of_the_steps_themselves(
+    case: Case, mode: Any, run: Any, lengths: list[int], device: str = "cpu"
+) -> None:
+    """For other tensors of the kind that was recorded."""
+
+    def results(scale: float) -> list[Tensor]:
+        with mode():
+            x_TE, normed_TE, parameters, options, keep = case.inputs(lengths, device)
+            plan = plan_pack(lengths, device)
+            leaves = [x_TE, normed_TE, *(p for p in parameters if p is not None)]
+            trained = torch.is_grad_enabled()
+            for leaf in leaves:
+                leaf.mul_(scale).requires_grad_(trained)
+            outputs = run(x_TE, normed_TE, parameters, options, plan.cu_seqlens, plan, *keep)
+            cotangents = [x.detach().sin() for x in outputs]
+            return [*outputs, *(torch.autograd.grad(outputs, leaves, cotangents) if trained else ())]
+
+    themselves = (op._forward_steps, op._backward_steps)
+    op._replayed.cache_clear()
+    results(1.0)
+    for scale in (1.0, 0.7):
+        replayed = results(scale)
+        with mock.patch.object(op, "_replayed", return_value=themselves):
+            expected = results(scale)
+        assert all(torch.equal(*pair) for pair in zip(replayed, expected, strict=True))
+        assert [x.stride() for x in replayed] == [x.stride() for x in expected]
+    forward, backward = op._replayed()
+    op._replayed.cache_clear()
+    assert [len(part.programs) for part in (forward, backward)] == [1, int(mode is torch.enable_grad)]
+    assert None not in [*forward.programs.values(), *backward.programs.values()]
+
+
+class Interpreted:
+    """Stands for a compiled kernel: takes addresses, as that does, and has the kernel interpreted on what is there."""
+
+    function = packed_metadata = None
+
+    def __init__(self, bound: Any, grid: tuple[int, ...], named: dict[str, Any]) -> None:
+        self.bound, self.grid, self.names = bound, grid, list(named)
+        tensors = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+        self.parts = {
+            name: (x.dtype, x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize)
+            for name, x in tensors.items()
+        }
+
+    def run(self, x: int, y: int, z: int, stream: int, function: None, metadata: None, *rest: Any) -> None:
+        named = dict(zip(self.names, rest[3:], strict=True))
+        for name, (dtype, size) in self.parts.items():
+            memory = (ctypes.c_char * max(size, 1)).from_address(named[name] or id(self))
+            named[name] = torch.frombuffer(memory, dtype=torch.uint8, count=max(size, 1))[:size].view(dtype)
+        self.bound.kernel[self.grid](**self.bound.bound, **named)
+
+
+@contextmanager
+def interpreted_replays() -> Iterator[None]:
+    """Kernels on CPU tensors are recorded, and replayed by addresses."""
+    from navit_kernels import _jit
+
+    def launch(bound: Any, grid: tuple[int, ...], named: dict[str, Any]) -> None:
+        with _disable_current_modes():
+            bound.kernel[grid](**bound.bound, **named)
+            kernel = Interpreted(bound, grid, named)
+        if _jit.recording.recorder is not None:
+            _jit.recording.recorder.launched(kernel, grid, list(named.values()))
+
+    with (
+        exact_interpreter(),
+        mock.patch.object(_jit.BoundKernel, "launch", launch),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", create=True),
+        mock.patch("navit_kernels._replay.may_replay", return_value=True),
+        mock.patch("navit_kernels._replay.CALLS", 0),
+    ):
+        yield
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_replays_give_the_bits_of_the_steps_themselves(case: Case, mode: Any) -> None:
+    def run(x: Tensor, normed: Tensor, p: Parameters, o: Options, cu: Tensor, plan: PackPlan, *keep: Any) -> Any:
+        if torch.is_grad_enabled():
+            return as_node(x, normed, p, o, cu, plan, *keep)
+        return op._run_forward(x, normed, Work(plan.items, plan.offsets, plan.host_offsets, cu, *keep), p, o, False)[:2]
+
+    with interpreted_replays():
+        assert_replays_give_the_bits_of_the_steps_themselves(case, mode, run, LENGTHS)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_torch_compile_is_told_is_what_the_kernels_give(case: Case) -> None:
@@ -269,34 +364,9 @@ def test_gpu_inference_and_training_give_the_same_bits() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
-def test_gpu_replays_give_the_bits_of_the_steps_themselves(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For other tensors of the kind that was recorded, of segments of all classes, trained and not."""
-    lengths = [5, 0, 130, 1, 300, 1100]
-    plan = plan_pack(lengths, "cuda")
-
-    def results(scale: float, trained: bool) -> list[Tensor]:
-        x_TE, normed_TE, parameters, options, keep = case.inputs(lengths, "cuda")
-        leaves = [x_TE, normed_TE, *(p for p in parameters if p is not None)]
-        for leaf in leaves:
-            leaf.mul_(scale).requires_grad_(trained)
-        outputs = block(x_TE, normed_TE, parameters, options, plan.cu_seqlens, plan, *keep)
-        return [
-            *outputs,
-            *(torch.autograd.grad(outputs, leaves, [x.detach().sin() for x in outputs]) if trained else ()),
-        ]
-
-    directions = (op._forward_steps, op._backward_steps)
-    themselves = tuple(functools.partial(lambda steps, kind, *rest: steps(*rest), steps) for steps in directions)
-    monkeypatch.setattr("navit_kernels._replay.CALLS", 0)
-    for trained in (False, True):
-        op._replayed.cache_clear()
-        results(1.0, trained)
-        for scale in (1.0, 0.7):
-            replayed = results(scale, trained)
-            with mock.patch.object(op, "_replayed", return_value=themselves):
-                expected = results(scale, trained)
-            assert all(torch.equal(*pair) for pair in zip(replayed, expected, strict=True))
-        forward, backward = op._replayed()
-        assert [len(part.programs) for part in (forward, backward)] == [1, int(trained)]
-        assert None not in [*forward.programs.values(), *backward.programs.values()]
+def test_gpu_replays_give_the_bits_of_the_steps_themselves(case: Case, mode: Any) -> None:
+    """Of segments of all classes."""
+    with mock.patch("navit_kernels._replay.CALLS", 0):
+        assert_replays_give_the_bits_of_the_steps_themselves(case, mode, block, [5, 0, 130, 1, 300, 1100], "cuda")

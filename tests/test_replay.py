@@ -67,17 +67,17 @@ def test_a_kind_of_arguments_is_recorded_once_it_has_come_often(monkeypatch: pyt
     for i in range(2 * _replay.CALLS):
         for factor in (2.0, 3.0):
             x, y = torch.full((4, 4), float(i)), torch.ones(4, 4)
-            assert torch.equal(replayed(factor, (x, y), factor)[0], factor * x + y)
+            assert torch.equal(replayed((x, y), factor)[0], factor * x + y)
     assert len(calls) == 2 * (_replay.CALLS + 1)
-    replayed(2.0, (x.to(torch.float64), y), 2.0)
-    replayed(2.0, (x.t(), y), 2.0)
-    replayed(2.0, (x, x), 2.0)  # which of the two an argument came from is not known
+    replayed((x.to(torch.float64), y), 2.0)
+    replayed((x.t(), y), 2.0)
+    replayed((x, x), 2.0)  # which of the two an argument came from is not known
     assert len(calls) == 2 * (_replay.CALLS + 1) + 3
     for rows in range(2 * _replay.KINDS):
-        replayed(2.0, (torch.ones(rows + 5, 4), y[:1]), 2.0)
+        replayed((torch.ones(rows + 5, 4), y[:1]), 2.0)
     assert len(replayed.calls) <= _replay.KINDS
     count = len(calls)
-    replayed(3.0, (x, y), 3.0)
+    replayed((x, y), 3.0)
     assert len(calls) == count  # what came often is not forgotten for what came once
 
 
@@ -86,7 +86,7 @@ def test_what_cannot_be_recorded_is_tried_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(_replay, "may_replay", lambda x: True)
     replayed = _replay.Replayed(lambda tensors: [tensors[0] + constant])
     for i in range(2 * _replay.CALLS):
-        assert replayed(None, (torch.full((4,), float(i)),))[0].tolist() == [i + 1.0] * 4
+        assert replayed((torch.full((4,), float(i)),))[0].tolist() == [i + 1.0] * 4
     assert [*replayed.programs.values()] == [None]
 
 
@@ -96,12 +96,12 @@ def test_alignment_is_part_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_replay, "CALLS", 0)
     replayed, memory = _replay.Replayed(lambda tensors: [tensors[0] + 1]), torch.zeros(64)
     for start in (0, 16, 1, 2, 5):
-        assert replayed(None, (memory[start : start + 8],))[0].tolist() == [1.0] * 8
+        assert replayed((memory[start : start + 8],))[0].tolist() == [1.0] * 8
     assert len(replayed.programs) == 3
 
 
 @pytest.mark.parametrize("strided", [False, True])
-def test_in_inference_mode_a_copy_is_no_view_and_numbers_on_the_host_are_constants(strided: bool) -> None:
+def test_in_inference_mode_a_copy_is_no_view(strided: bool) -> None:
     def function(x: Tensor, *_: Tensor) -> list[Tensor | None]:
         out = x.new_empty(2, 8)
         add_rows(x.contiguous()[1], x.contiguous().flatten()[16:], out[0])
@@ -116,8 +116,6 @@ def test_in_inference_mode_a_copy_is_no_view_and_numbers_on_the_host_are_constan
         assert program is not None
         for seed in (0, 1):
             assert torch.equal(program.run(given(seed), 7)[0], function(*given(seed))[0])
-        ends = torch.tensor([1, 2])
-        assert record(lambda x: [x * sum(ends.tolist())], [torch.empty(4, device="meta")])[1] is not None
 
 
 def test_one_thread_records_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,10 +129,10 @@ def test_one_thread_records_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         return [tensors[0] + 1]
 
     replayed, others = _replay.Replayed(slow), _replay.Replayed(lambda tensors: [tensors[0] + 2])
-    thread = threading.Thread(target=lambda: replayed(None, (torch.ones(4),)))
+    thread = threading.Thread(target=lambda: replayed((torch.ones(4),)))
     thread.start()
     assert inside.wait(10)
-    assert others(None, (torch.ones(4),))[0].tolist() == [3.0] * 4
+    assert others((torch.ones(4),))[0].tolist() == [3.0] * 4
     assert not others.programs
     other_is_done.set()
     thread.join()

@@ -85,13 +85,13 @@ class Launcher:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, norms: Norms, softmax_scale: float, items: Tensor, offsets: Tensor,
-        host_offsets: Tensor | None, cross: bool = False, signature: Signature | None = None,
+        host_offsets: Tensor | tuple[int, ...] | None, cross: bool = False, signature: Signature | None = None,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.norms = q, k, v, norms
         self.signature = signature or signature_of(q, k, v, norms, softmax_scale)
         self.items, self.offsets = items, offsets
         self.tokens = q.shape[0] + (k.shape[0] if cross else 0)  # at least the sum of each segment's longer side
-        self.ends = None if host_offsets is None else host_offsets.tolist()
+        self.ends = host_offsets.tolist() if isinstance(host_offsets, Tensor) else host_offsets
         if self.ends is not None:
             check_plan_tokens(self.ends, q.shape[0], k.shape[0])
         # those that may hold work, the longest segments first

@@ -210,9 +210,10 @@ def _(cu_seqlens, cu_seqlens_k, tokens, tokens_k):  # type: ignore[no-untyped-de
 
 
 def _launcher(
-    q: Tensor, k: Tensor | None, v: Tensor | None, items: Tensor, offsets: Tensor, host_offsets: Tensor | None,
-    q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None, q_kind: int,
-    q_eps: float, k_kind: int, k_eps: float, scale: float, cross: bool, *, signature: Signature | None = None,
+    q: Tensor, k: Tensor | None, v: Tensor | None, items: Tensor, offsets: Tensor,
+    host_offsets: Tensor | tuple[int, ...] | None, q_weight: Tensor | None, q_bias: Tensor | None,
+    k_weight: Tensor | None, k_bias: Tensor | None, q_kind: int, q_eps: float, k_kind: int, k_eps: float, scale: float,
+    cross: bool, *, signature: Signature | None = None,
 ) -> Launcher:  # fmt: skip
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         host_offsets = None  # a captured graph must serve other lengths
