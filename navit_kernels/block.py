@@ -6,7 +6,8 @@
 
 It runs the kernels of varlen_attention, add_norm and feed_forward in that order, and backward in the reverse; it has no
 kernel of its own. What it saves is the host's time: op by op, with a dispatch, a node of autograd and casts of weights
-for each, the host takes longer over a block than a fast GPU does. torch.compile sees one op, too.
+for each, the host takes longer over a block than a fast GPU does. What to launch for arguments of one kind is found out
+a few times and then replayed (_replay.py). torch.compile sees one op, too.
 
 T tokens, S images, E model width, H heads, D head width.
 """
