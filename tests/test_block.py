@@ -261,8 +261,11 @@ def interpreted_replays() -> Iterator[None]:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [*((case, torch.enable_grad) for case in CASES), *((CASES[3], mode) for mode in MODES[1:])],
+    ids=str,
+)
 def test_replays_give_the_bits_of_the_steps_themselves(case: Case, mode: Any) -> None:
     def run(x: Tensor, normed: Tensor, p: Parameters, o: Options, cu: Tensor, plan: PackPlan, *keep: Any) -> Any:
         if torch.is_grad_enabled():
