@@ -263,7 +263,7 @@ def interpreted_replays() -> Iterator[None]:
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("case", "mode"),
-    [*((case, torch.enable_grad) for case in CASES), *((CASES[3], mode) for mode in MODES[1:])],
+    [(CASES[1], torch.enable_grad), (CASES[2], torch.no_grad), *((CASES[3], mode) for mode in (MODES[0], MODES[2]))],
     ids=str,
 )
 def test_replays_give_the_bits_of_the_steps_themselves(case: Case, mode: Any) -> None:
