@@ -21,17 +21,26 @@ ROWS, BLOCK_N, PROGRAMS = 16, 256, 8  # of a block; programs a multiprocessor
 SUM_ROWS, SUM_BLOCK_N = 64, 32  # of partial sums: many programs, each of which waits for few loads
 
 
+@triton.jit
+def _sum_rows(
+    x_ptr, out_ptr, rows, first, step, block, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Of the columns of a block, over the rows' blocks first, first + step, …"""
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    sums = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for row_block in tl.range(first, tl.cdiv(rows, ROWS), step, num_stages=3):
+        offs_r = row_block * ROWS + tl.arange(0, ROWS)
+        offs = offs_r.to(tl.int64)[:, None] * N + offs_n[None, :]
+        sums += tl.load(x_ptr + offs, mask=(offs_r < rows)[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
+    tl.store(out_ptr + offs_n, tl.sum(sums, 0), mask=mask_n)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def column_sums_kernel(x_ptr, partial_ptr, tokens, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Program (g, c) takes the rows' blocks g, g + G, … in the columns of block c, and writes row g there."""
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    sums = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for block in tl.range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0), num_stages=3):
-        offs_t = block * ROWS + tl.arange(0, ROWS)
-        offs = offs_t.to(tl.int64)[:, None] * N + offs_n[None, :]
-        sums += tl.load(x_ptr + offs, mask=(offs_t < tokens)[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
-    tl.store(partial_ptr + tl.program_id(0) * N + offs_n, tl.sum(sums, 0), mask=mask_n)
+    g = tl.program_id(0)
+    _sum_rows(x_ptr, partial_ptr + g * N, tokens, g, tl.num_programs(0), tl.program_id(1), N, ROWS, BLOCK_N)
 
 
 def partial_sums(x_TN: Tensor) -> Tensor:
@@ -47,18 +56,6 @@ def partial_sums(x_TN: Tensor) -> Tensor:
     return partial_GN
 
 
-@triton.jit
-def _sum_rows(x_ptr, out_ptr, rows, block, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
-    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    sums = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    for first in tl.range(0, rows, ROWS, num_stages=3):
-        offs_r = first + tl.arange(0, ROWS)
-        offs = offs_r.to(tl.int64)[:, None] * N + offs_n[None, :]
-        sums += tl.load(x_ptr + offs, mask=(offs_r < rows)[:, None] & mask_n[None, :], other=0.0)
-    tl.store(out_ptr + offs_n, tl.sum(sums, 0), mask=mask_n)
-
-
 @triton.jit(do_not_specialize=["rows_0", "rows_1", "rows_2", "rows_3"])
 def sum_rows_kernel(
     x_0_ptr, x_1_ptr, x_2_ptr, x_3_ptr, out_0_ptr, out_1_ptr, out_2_ptr, out_3_ptr, rows_0, rows_1, rows_2, rows_3,
@@ -71,13 +68,13 @@ def sum_rows_kernel(
     END_1: tl.constexpr = END_0 + (N_1 + BLOCK_N - 1) // BLOCK_N
     END_2: tl.constexpr = END_1 + (N_2 + BLOCK_N - 1) // BLOCK_N
     if block < END_0:
-        _sum_rows(x_0_ptr, out_0_ptr, rows_0, block, N_0, ROWS, BLOCK_N)
+        _sum_rows(x_0_ptr, out_0_ptr, rows_0, 0, 1, block, N_0, ROWS, BLOCK_N)
     elif block < END_1:
-        _sum_rows(x_1_ptr, out_1_ptr, rows_1, block - END_0, N_1, ROWS, BLOCK_N)
+        _sum_rows(x_1_ptr, out_1_ptr, rows_1, 0, 1, block - END_0, N_1, ROWS, BLOCK_N)
     elif block < END_2:
-        _sum_rows(x_2_ptr, out_2_ptr, rows_2, block - END_1, N_2, ROWS, BLOCK_N)
+        _sum_rows(x_2_ptr, out_2_ptr, rows_2, 0, 1, block - END_1, N_2, ROWS, BLOCK_N)
     else:
-        _sum_rows(x_3_ptr, out_3_ptr, rows_3, block - END_2, N_3, ROWS, BLOCK_N)
+        _sum_rows(x_3_ptr, out_3_ptr, rows_3, 0, 1, block - END_2, N_3, ROWS, BLOCK_N)
 
 
 def sum_rows(partials: Sequence[Tensor]) -> list[Tensor]:
@@ -92,8 +89,3 @@ def sum_rows(partials: Sequence[Tensor]) -> list[Tensor]:
     blocks = sum(triton.cdiv(out.numel(), SUM_BLOCK_N) for out in outs)
     launch_kernel(sum_rows_kernel, (blocks,), **named, ROWS=SUM_ROWS, BLOCK_N=SUM_BLOCK_N, num_warps=4)
     return outs
-
-
-def column_sums(x_TN: Tensor) -> Tensor:
-    """(N,) in float32."""
-    return sum_rows([partial_sums(x_TN)])[0]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._jit import has_launch_hooks, recording
+from ._jit import DTYPE, has_launch_hooks, recording
 
 aten = torch.ops.aten
 ALLOCATIONS = {
@@ -96,7 +96,7 @@ class Replayed:
     def _run_unknown(self, key: tuple, tensors: Sequence[Tensor | None], options: Any) -> Sequence[Tensor | None]:
         """The function itself, recorded or counted."""
         calls = self.calls.get(key, 0)
-        if calls < CALLS or not _recording.acquire(blocking=False):
+        if calls < CALLS or not _one_recorder.acquire(blocking=False):
             if len(self.calls) >= KINDS:
                 self.calls.clear()
             self.calls[key] = calls + 1
@@ -108,7 +108,7 @@ class Replayed:
                 del self.programs[next(iter(self.programs))]
             self.programs[key] = recorder.program(results)
         finally:
-            _recording.release()
+            _one_recorder.release()
         self.calls.pop(key, None)
         return results
 
@@ -124,8 +124,8 @@ def may_replay(x: Tensor) -> bool:
 
 
 _unknown: Any = object()
-_recording = threading.Lock()  # held by one thread: torch's count of dispatch modes knows no threads
-SHAPE, DTYPE = attrgetter("shape"), attrgetter("dtype")
+_one_recorder = threading.Lock()  # held by one thread: torch's count of dispatch modes knows no threads
+SHAPE = attrgetter("shape")
 
 
 class Program:
