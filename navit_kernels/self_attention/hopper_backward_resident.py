@@ -44,7 +44,7 @@ from .hopper_resident_steps import (
     sums_by_thread,
     widen_all,
 )
-from .hopper_steps import PART, bind, parts, ragged_parts
+from .hopper_steps import PART, bind, items_of_class, parts, ragged_parts
 from .hopper_tile_steps import (
     affine_rows,
     column_parts,
@@ -72,21 +72,20 @@ from .steps import NONE
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the latter until Triton 3.6
 
 
-@gluon.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
+@gluon.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k", "splits"])
 def hopper_backward_resident(
     q_1, k_1, v_1, dout_1, dq_1, dk_1, dv_1, q_2, k_2, v_2, dout_2, dq_2, dk_2, dv_2, out_ptr, lse_ptr, partials_ptr,
-    q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr, first_item, tokens, tokens_k,
+    q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr, first_item, items, tokens, tokens_k, splits,
     q_weight_stride: gl.constexpr, q_bias_stride: gl.constexpr, k_weight_stride: gl.constexpr, q_eps, k_eps, fold_scale,
     score_scale, softmax_scale, key_factor, H: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, Q_NORM: gl.constexpr,
     K_NORM: gl.constexpr, Q_WEIGHT: gl.constexpr, Q_BIAS: gl.constexpr, K_WEIGHT: gl.constexpr, FOLD: gl.constexpr,
-    WEIGHT_GRADS: gl.constexpr, CLASS: gl.constexpr, ON_DEVICE: gl.constexpr, SPLITS: gl.constexpr,
+    WEIGHT_GRADS: gl.constexpr, CLASS: gl.constexpr,
     BLOCKS: gl.constexpr, LEAVING: gl.constexpr, USE_LSE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     work = gl.program_id(0)
-    if ON_DEVICE:
-        first_item = gl.load(offsets_ptr + CLASS)
-        if work >= (gl.load(offsets_ptr + CLASS + 1) - first_item) * H:
-            return
+    first_item, items = items_of_class(offsets_ptr, first_item, items, CLASS)
+    if work >= items * H:
+        return
     DTYPE: gl.constexpr = q_1.dtype
     PARTS: gl.constexpr = 2 if D2 else 1
     TILE_BYTES: gl.constexpr = ROWS * (PART + D2) * 2
@@ -333,7 +332,7 @@ def hopper_backward_resident(
     if WEIGHT_GRADS:
         tma.store_wait(0)
         barrier()
-        base = partials_ptr + ((item * SPLITS).to(gl.int64) * H + h) * (D * (1 + Q_BIAS))
+        base = partials_ptr + ((item * splits).to(gl.int64) * H + h) * (D * (1 + Q_BIAS))
         for c in gl.static_range(PARTS):
             memory = leaving[c].index(0)
             store_warp_sums(base + c * PART, gl.sum(gain_sums[c], 1), softmax_scale, memory, D - c * PART, num_warps)
@@ -431,13 +430,13 @@ def hopper_backward_resident(
 
 @functools.lru_cache(1024)
 def bound_resident(
-    signature: Any, index: int, on_device: bool, splits: int, weight_grads: bool, block: int, use_lse: bool,
+    signature: Any, index: int, weight_grads: bool, block: int, use_lse: bool,
     registers: int | None,
 ) -> BoundKernel:  # fmt: skip
     _, second = parts(signature.width)
     return bind(
-        hopper_backward_resident, signature, index, on_device, registers,
-        WEIGHT_GRADS=weight_grads, SPLITS=splits, BLOCKS=block // ROWS.value, LEAVING=1 if second else 2,
+        hopper_backward_resident, signature, index, registers,
+        WEIGHT_GRADS=weight_grads, BLOCKS=block // ROWS.value, LEAVING=1 if second else 2,
         USE_LSE=use_lse, num_warps=4,
     )  # fmt: skip
 
@@ -449,7 +448,7 @@ def backward_resident(
 ) -> None:  # fmt: skip
     tensors = dict(q=call.q, k=call.k, v=call.v, dout=dout, dq=dq, dk=dk, dv=dv)
     descriptors = ragged_parts(call.signature.width, ROWS.value, **tensors)
-    bound_resident(call.signature, index, call.ends is None, splits, weight_grads, block, use_lse, registers)(
+    bound_resident(call.signature, index, weight_grads, block, use_lse, registers)(
         call.grid(index), **descriptors, **call.weight_pointers, **call.work(index), out_ptr=out, lse_ptr=lse,
-        partials_ptr=partials,
+        partials_ptr=partials, splits=splits,
     )  # fmt: skip

@@ -42,7 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .._jit import BoundKernel
-from .hopper_steps import PART, bind, ragged_parts
+from .hopper_steps import PART, bind, items_of_class, ragged_parts
 from .hopper_tile_steps import (
     add_columns,
     affine_rows,
@@ -67,21 +67,20 @@ from .hopper_tile_steps import (
 from .steps import NONE
 
 
-@gluon.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
+@gluon.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k", "splits"])
 def hopper_backward_tile(
     q_1, k_1, v_1, dout_1, dq_1, dk_1, dv_1, q_2, k_2, v_2, dout_2, dq_2, dk_2, dv_2, lse_ptr, partials_ptr,
-    q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr, first_item, tokens, tokens_k,
+    q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr, first_item, items, tokens, tokens_k, splits,
     q_weight_stride: gl.constexpr, q_bias_stride: gl.constexpr, k_weight_stride: gl.constexpr, q_eps, k_eps, fold_scale,
     score_scale, softmax_scale, key_factor, H: gl.constexpr, D: gl.constexpr, D2: gl.constexpr, Q_NORM: gl.constexpr,
     K_NORM: gl.constexpr, Q_WEIGHT: gl.constexpr, Q_BIAS: gl.constexpr, K_WEIGHT: gl.constexpr, FOLD: gl.constexpr,
-    WEIGHT_GRADS: gl.constexpr, CLASS: gl.constexpr, ON_DEVICE: gl.constexpr, SPLITS: gl.constexpr, BLOCK: gl.constexpr,
+    WEIGHT_GRADS: gl.constexpr, CLASS: gl.constexpr, BLOCK: gl.constexpr,
     USE_LSE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     work = gl.program_id(0)
-    if ON_DEVICE:
-        first_item = gl.load(offsets_ptr + CLASS)
-        if work >= (gl.load(offsets_ptr + CLASS + 1) - first_item) * H:
-            return
+    first_item, items = items_of_class(offsets_ptr, first_item, items, CLASS)
+    if work >= items * H:
+        return
     DTYPE: gl.constexpr = q_1.dtype
     PARTS: gl.constexpr = 2 if D2 else 1
     TILE_BYTES: gl.constexpr = BLOCK * (PART + D2) * 2
@@ -251,7 +250,7 @@ def hopper_backward_tile(
         write(k_mem, scale_all(dq_hat, softmax_scale))
     store_block(dq_out, tiles, at_k, q_start, q_length, 0, h)
     if WEIGHT_GRADS:
-        base = partials_ptr + ((item * SPLITS).to(gl.int64) * H + h) * (D * (1 + Q_BIAS))
+        base = partials_ptr + ((item * splits).to(gl.int64) * H + h) * (D * (1 + Q_BIAS))
         for c in gl.static_range(PARTS):
             store_column_sums(base + c * PART, du[c] * q_hat[c], softmax_scale, scores, D - c * PART, num_warps)
             if Q_BIAS:
@@ -261,12 +260,12 @@ def hopper_backward_tile(
 
 @functools.lru_cache(1024)
 def bound_tile(
-    signature: Any, index: int, on_device: bool, splits: int, weight_grads: bool, block: int, warps: int, use_lse: bool,
+    signature: Any, index: int, weight_grads: bool, block: int, warps: int, use_lse: bool,
     registers: int | None,
 ) -> BoundKernel:  # fmt: skip
     return bind(
-        hopper_backward_tile, signature, index, on_device, registers,
-        WEIGHT_GRADS=weight_grads, SPLITS=splits, BLOCK=block, USE_LSE=use_lse, num_warps=warps,
+        hopper_backward_tile, signature, index, registers,
+        WEIGHT_GRADS=weight_grads, BLOCK=block, USE_LSE=use_lse, num_warps=warps,
     )  # fmt: skip
 
 
@@ -276,6 +275,7 @@ def backward_tile(
 ) -> None:  # fmt: skip
     tensors = dict(q=call.q, k=call.k, v=call.v, dout=dout, dq=dq, dk=dk, dv=dv)
     descriptors = ragged_parts(call.signature.width, block, **tensors)
-    bound_tile(call.signature, index, call.ends is None, splits, weight_grads, block, warps, use_lse, registers)(
-        call.grid(index), **descriptors, **call.weight_pointers, **call.work(index), lse_ptr=lse, partials_ptr=partials
-    )
+    bound_tile(call.signature, index, weight_grads, block, warps, use_lse, registers)(
+        call.grid(index), **descriptors, **call.weight_pointers, **call.work(index), lse_ptr=lse, partials_ptr=partials,
+        splits=splits,
+    )  # fmt: skip

@@ -49,7 +49,7 @@ from .hopper_forward_steps import (
     stream_step,
     vector_sum,
 )
-from .hopper_steps import PART, bind, load_tile, numbers, ragged_parts, segment_rows
+from .hopper_steps import PART, bind, items_of_class, load_tile, numbers, ragged_parts, segment_rows
 from .hopper_tile_steps import (
     column_parts,
     load_block,
@@ -328,19 +328,18 @@ def consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["first_item", "tokens", "tokens_k", "slots", "count"])
+@gluon.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k", "slots"])
 def hopper_forward_stream(
     q_1, k_1, v_1, out_1, r_tiles, q_2, k_2, v_2, out_2, held_ptr, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
-    items_ptr, offsets_ptr, first_item, count, tokens, tokens_k, slots, q_weight_stride: gl.constexpr,
+    items_ptr, offsets_ptr, first_item, items, tokens, tokens_k, slots, q_weight_stride: gl.constexpr,
     q_bias_stride: gl.constexpr, k_weight_stride: gl.constexpr, q_eps, fold_scale, score_scale, H: gl.constexpr,
     D: gl.constexpr, D2: gl.constexpr, Q_NORM: gl.constexpr, K_NORM: gl.constexpr, Q_WEIGHT: gl.constexpr,
     Q_BIAS: gl.constexpr, K_WEIGHT: gl.constexpr, FOLD: gl.constexpr, SAVE_LSE: gl.constexpr,
-    TRY_FIXED_MAX: gl.constexpr, CLASS: gl.constexpr, ON_DEVICE: gl.constexpr, GROUPS: gl.constexpr, ROWS: gl.constexpr,
+    TRY_FIXED_MAX: gl.constexpr, CLASS: gl.constexpr, GROUPS: gl.constexpr, ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SPARE: gl.constexpr,
 ):  # fmt: skip
-    if ON_DEVICE:
-        first_item = gl.load(offsets_ptr + CLASS)
-        count = (gl.load(offsets_ptr + CLASS + 1) - first_item) * H
+    first_item, items = items_of_class(offsets_ptr, first_item, items, CLASS)
+    count = items * H
     ATTEMPTS: gl.constexpr = 2 if TRY_FIXED_MAX and K_NORM == NONE else 1
     DTYPE: gl.constexpr = q_1.dtype
     q_mem_1 = gl.allocate_shared_memory(DTYPE, [GROUPS, 1, 1, 1, ROWS, PART], q_1.layout)
@@ -418,14 +417,12 @@ def key_size_tiles(call: Any, index: int) -> Tensor:
 
 
 @functools.lru_cache(1024)
-def bound_stream(
-    signature: Any, index: int, on_device: bool, launch: Launch, save_lse: bool, fixed_max: bool
-) -> BoundKernel:
+def bound_stream(signature: Any, index: int, launch: Launch, save_lse: bool, fixed_max: bool) -> BoundKernel:
     groups = launch.warps // 4
     threads = 32 * (launch.warps + 4)
     spare = (launch.registers * threads - LOADER_REGISTERS.value * 128) // (groups * 128) // 8 * 8
     return bind(
-        hopper_forward_stream, signature, index, on_device, launch.registers, SAVE_LSE=save_lse,
+        hopper_forward_stream, signature, index, launch.registers, SAVE_LSE=save_lse,
         TRY_FIXED_MAX=fixed_max, GROUPS=groups, ROWS=launch.block_m // groups, BLOCK_N=launch.block_n,
         STAGES=launch.stages, SPARE=min(spare, 240), num_warps=4,
     )  # fmt: skip
@@ -443,8 +440,8 @@ def forward_stream(
     programs, held = min(most, count), call.items
     if fixed_max and call.norms.k_kind == NORM_CODES[None]:  # of each work, and of all of each program's
         held = call.q.new_empty((count + programs) * groups, dtype=torch.int32)
-    bound_stream(call.signature, index, call.ends is None, launch, save_lse, fixed_max)(
+    bound_stream(call.signature, index, launch, save_lse, fixed_max)(
         (programs,), **ragged_parts(width, rows, q=call.q, out=out),
         **ragged_parts(width, launch.block_n, k=call.k, v=call.v), **call.weight_pointers, **call.work(index),
-        r_tiles=numbers(r_tiles, launch.block_n), count=count, slots=r_tiles.shape[1], held_ptr=held, lse_ptr=lse,
+        r_tiles=numbers(r_tiles, launch.block_n), slots=r_tiles.shape[1], held_ptr=held, lse_ptr=lse,
     )  # fmt: skip

@@ -5,11 +5,11 @@ A tile of rows is a tuple of one or two column parts; see hopper_steps.py.
 
 from __future__ import annotations
 
-import triton
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
+from .._jit import triton_version
 from .hopper_steps import PART
 from .hopper_tile_steps import (
     block_boundary,
@@ -24,7 +24,7 @@ from .hopper_tile_steps import (
 )
 from .steps import L2, LAYER_NORM, NONE
 
-ROUND_LATE = gl.constexpr(triton.__version__ < "3.7")  # Triton 3.9's ptxas would serialize the products
+ROUND_LATE = gl.constexpr(triton_version() < (3, 7))  # Triton 3.9's ptxas would serialize the products
 
 
 @gluon.jit

@@ -39,7 +39,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .._jit import BoundKernel
-from .hopper_steps import PART, bind, ragged_parts
+from .hopper_steps import PART, bind, items_of_class, ragged_parts
 from .hopper_tile_steps import (
     add_columns,
     affine_rows,
@@ -270,21 +270,20 @@ def store_part(ptr, x, first_row, last_row, stride, START: gl.constexpr, D: gl.c
         store_columns(ptr, x, first_row, last_row, stride, START, D, num_warps)
 
 
-@gluon.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
+@gluon.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k"])
 def hopper_forward_tile(
     q_1, k_1, v_1, out_ptr, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr,
-    offsets_ptr, first_item, tokens, tokens_k, q_weight_stride: gl.constexpr, q_bias_stride: gl.constexpr,
+    offsets_ptr, first_item, items, tokens, tokens_k, q_weight_stride: gl.constexpr, q_bias_stride: gl.constexpr,
     k_weight_stride: gl.constexpr, q_eps, k_eps, fold_scale, score_scale, H: gl.constexpr, D: gl.constexpr,
     D2: gl.constexpr, Q_NORM: gl.constexpr, K_NORM: gl.constexpr, Q_WEIGHT: gl.constexpr, Q_BIAS: gl.constexpr,
-    K_WEIGHT: gl.constexpr, FOLD: gl.constexpr, SAVE_LSE: gl.constexpr, CLASS: gl.constexpr, ON_DEVICE: gl.constexpr,
+    K_WEIGHT: gl.constexpr, FOLD: gl.constexpr, SAVE_LSE: gl.constexpr, CLASS: gl.constexpr,
     BLOCK: gl.constexpr, CHUNK: gl.constexpr, TRY_FIXED_MAX: gl.constexpr,
     num_warps: gl.constexpr, q_2=None, k_2=None, v_2=None,
 ):  # fmt: skip
     work = gl.program_id(0)
-    if ON_DEVICE:
-        first_item = gl.load(offsets_ptr + CLASS)
-        if work >= (gl.load(offsets_ptr + CLASS + 1) - first_item) * H:
-            return
+    first_item, items = items_of_class(offsets_ptr, first_item, items, CLASS)
+    if work >= items * H:
+        return
     DTYPE: gl.constexpr = q_1.dtype
     ROWS: gl.constexpr = 16 * num_warps
     GAIN: gl.constexpr = Q_WEIGHT or K_WEIGHT
@@ -373,11 +372,11 @@ def hopper_forward_tile(
 
 @functools.lru_cache(1024)
 def bound_tile(
-    signature: Any, index: int, on_device: bool, save_lse: bool, block: int, chunk: int, warps: int, fixed_max: bool,
+    signature: Any, index: int, save_lse: bool, block: int, chunk: int, warps: int, fixed_max: bool,
     registers: int | None,
 ) -> BoundKernel:  # fmt: skip
     return bind(
-        hopper_forward_tile, signature, index, on_device, registers, SAVE_LSE=save_lse, BLOCK=block, CHUNK=chunk,
+        hopper_forward_tile, signature, index, registers, SAVE_LSE=save_lse, BLOCK=block, CHUNK=chunk,
         TRY_FIXED_MAX=fixed_max and signature.bounds_scores and signature.norm_numbers["Q_NORM"] != 0, num_warps=warps,
     )  # fmt: skip
 
@@ -389,6 +388,6 @@ def forward_tile(
     signature = call.signature
     descriptors = ragged_parts(signature.width, 16 * warps, q=call.q)
     descriptors |= ragged_parts(signature.width, block, k=call.k, v=call.v)
-    bound_tile(signature, index, call.ends is None, save_lse, block, chunk, warps, fixed_max, registers)(
+    bound_tile(signature, index, save_lse, block, chunk, warps, fixed_max, registers)(
         call.grid(index), **descriptors, **call.weight_pointers, **call.work(index), out_ptr=out, lse_ptr=lse
     )

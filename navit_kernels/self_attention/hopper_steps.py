@@ -79,7 +79,7 @@ def _numbers(count: int, block: int) -> dict[str, Any]:
 
 
 def bind(
-    kernel: Any, signature: Any, index: int, on_device: bool, registers: int | None, **options: Any
+    kernel: Any, signature: Any, index: int, registers: int | None, **options: Any
 ) -> BoundKernel:  # fmt: skip
     """A kernel for one class, with those of a signature's numbers that it takes."""
     numbers = signature.norm_numbers | signature.weights | signature.scores | signature.score_gradients
@@ -87,9 +87,16 @@ def bind(
     if registers is not None:
         options["maxnreg"] = registers
     _, second = parts(signature.width)
-    return BoundKernel(
-        kernel, **numbers, H=signature.heads, D=signature.width, D2=second, CLASS=index, ON_DEVICE=on_device, **options
-    )
+    return BoundKernel(kernel, **numbers, H=signature.heads, D=signature.width, D2=second, CLASS=index, **options)
+
+
+@gluon.jit
+def items_of_class(offsets_ptr, first_item, items, CLASS: gl.constexpr):
+    """kernel.py's, in Gluon."""
+    on_device = first_item < 0
+    end = gl.load(offsets_ptr + CLASS + 1, mask=on_device, other=first_item + items)
+    first_item = gl.load(offsets_ptr + CLASS, mask=on_device, other=first_item)
+    return first_item, end - first_item
 
 
 @gluon.jit

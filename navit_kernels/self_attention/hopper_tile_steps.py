@@ -318,7 +318,9 @@ def store_warp_sums(ptr, sums, factor, memory, WIDTH: gl.constexpr, num_warps: g
     """factor · sums over the warps, a row each, by way of `memory`."""
     COLUMNS: gl.constexpr = sums.shape[1]
     wide: gl.constexpr = gl.BlockedLayout([num_warps, 1], [1, 32], [1, num_warps], [1, 0])
-    scratch = reinterpret(memory, gl.float32, [num_warps, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    NUMBERS: gl.constexpr = memory.numel * memory.dtype.primitive_bitwidth // 32
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    scratch = reinterpret(memory, gl.float32, [NUMBERS // COLUMNS, COLUMNS], layout).slice(0, num_warps)
     scratch.store(sums)
     cols = gl.arange(0, COLUMNS, gl.SliceLayout(0, wide))
     gl.store(ptr + cols, gl.sum(scratch.load(wide), 0) * factor, mask=cols < WIDTH)

@@ -103,29 +103,31 @@ def normalized_keys(k, k_eps, K_NORM: tl.constexpr, D: tl.constexpr, D1: tl.cons
 
 
 @triton.jit
-def work_range(offsets_ptr, first_item, work_per_item, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr):
-    """(first item, count of work) of a class: the launch's own, or on the device, where offsets say how much."""
-    if ON_DEVICE:
-        first_item = tl.load(offsets_ptr + CLASS)
-        return first_item, (tl.load(offsets_ptr + CLASS + 1) - first_item) * work_per_item
-    else:
-        return first_item, tl.num_programs(0)
+def items_of_class(offsets_ptr, first_item, items, CLASS: tl.constexpr):
+    """(first item, count of items) of a class: the launch's own or, where first_item is negative, the device's.
+
+    Decided while the kernel runs: of two kernels that differ in this alone, Triton 3.9 rounds one of them otherwise.
+    """
+    on_device = first_item < 0
+    end = tl.load(offsets_ptr + CLASS + 1, mask=on_device, other=first_item + items)
+    first_item = tl.load(offsets_ptr + CLASS, mask=on_device, other=first_item)
+    return first_item, end - first_item
 
 
-@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
+@triton.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k"])
 def forward_tile(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, items_ptr, offsets_ptr, first_item,
-    tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr, k_stride_h,
+    items, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr, k_stride_h,
     v_stride_t: tl.constexpr, v_stride_h, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
     k_weight_stride: tl.constexpr, q_eps, k_eps, fold_scale, score_scale, UNIT: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, SAVE_LSE: tl.constexpr,
-    PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, CLASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program owns one head of a whole segment of at most BLOCK tokens. One step, no loop over keys."""
-    first, count = work_range(offsets_ptr, first_item, H, CLASS, ON_DEVICE)
+    first, items = items_of_class(offsets_ptr, first_item, items, CLASS)
     work = tl.program_id(0)
-    if ON_DEVICE and work >= count:
+    if work >= items * H:
         return
     h = (work % H).to(tl.int64)
     q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // H, tokens, tokens_k)
@@ -159,19 +161,19 @@ def forward_tile(
         tl.store(lse_ptr + h * tokens + q_start + offs, m + tl.log2(l), mask=mask_q)
 
 
-@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k", "slots"])
+@triton.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k", "slots"])
 def key_sizes(
-    k_ptr, r_ptr, r_tiles_ptr, items_ptr, offsets_ptr, first_item, tokens, tokens_k, slots, k_stride_t: tl.constexpr,
-    k_stride_h, k_eps, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    K_NORM: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    k_ptr, r_ptr, r_tiles_ptr, items_ptr, offsets_ptr, first_item, items, tokens, tokens_k, slots,
+    k_stride_t: tl.constexpr, k_stride_h, k_eps, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+    D2: tl.constexpr, K_NORM: tl.constexpr, CLASS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """(r_k, mean) of a tile of ROWS keys, float32 (H, T, 2): K is read once here and never again for its norm.
 
     With TILES also r_k alone, by item of the class: float32 (H, slots, ROWS), every tile's own start aligned.
     """
-    first, count = work_range(offsets_ptr, first_item, H, CLASS, ON_DEVICE)
+    first, items = items_of_class(offsets_ptr, first_item, items, CLASS)
     work = tl.program_id(0)
-    if ON_DEVICE and work >= count:
+    if work >= items * H:
         return
     h = (work % H).to(tl.int64)
     q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // H, tokens, tokens_k)
@@ -245,23 +247,23 @@ def stream_keys(
     return acc, l, m
 
 
-@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
+@triton.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k"])
 def forward_stream(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr, r_ptr, items_ptr, offsets_ptr,
-    first_item, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr, k_stride_h,
+    first_item, items, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h, k_stride_t: tl.constexpr, k_stride_h,
     v_stride_t: tl.constexpr, v_stride_h, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
     k_weight_stride: tl.constexpr, q_eps, k_eps, fold_scale, score_scale, UNIT: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, SAVE_LSE: tl.constexpr,
-    PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr, CLASS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, NORMALIZE_KEYS: tl.constexpr, TRY_FIXED_MAX: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M of an item's ROWS query rows, one head; keys stream by in tiles of BLOCK_N."""
     SPLIT: tl.constexpr = ROWS // BLOCK_M
     CENTRE: tl.constexpr = K_NORM == LAYER_NORM and not NORMALIZE_KEYS
-    first, count = work_range(offsets_ptr, first_item, H * SPLIT, CLASS, ON_DEVICE)
+    first, items = items_of_class(offsets_ptr, first_item, items, CLASS)
     work = tl.program_id(0)
-    if ON_DEVICE and work >= count:
+    if work >= items * H * SPLIT:
         return
     h = (work % H).to(tl.int64)
     q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // (H * SPLIT), tokens, tokens_k)

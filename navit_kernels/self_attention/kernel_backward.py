@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernel import folded_query, load_item, load_weights, normalized_keys, work_range
+from .kernel import folded_query, items_of_class, load_item, load_weights, normalized_keys
 from .steps import (
     LAYER_NORM,
     NONE,
@@ -71,21 +71,21 @@ def store_key_gradient(
     store_rows(dk_ptr, first_row, offs, dk_stride_t, mask, dk, D, D1, D2)
 
 
-@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
+@triton.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k", "splits"])
 def backward_tile(
     q_ptr, k_ptr, v_ptr, dout_ptr, dq_ptr, dk_ptr, dv_ptr, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
-    items_ptr, offsets_ptr, first_item, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h,
+    items_ptr, offsets_ptr, first_item, items, tokens, tokens_k, splits, q_stride_t: tl.constexpr, q_stride_h,
     k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr,
     dout_stride_h, dq_stride_t: tl.constexpr, dk_stride_t: tl.constexpr, dv_stride_t: tl.constexpr,
     q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, q_eps, k_eps, fold_scale,
     score_scale, softmax_scale, key_factor, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr,
     K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr,
-    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    CLASS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    first, count = work_range(offsets_ptr, first_item, H, CLASS, ON_DEVICE)
+    first, items = items_of_class(offsets_ptr, first_item, items, CLASS)
     work = tl.program_id(0)
-    if ON_DEVICE and work >= count:
+    if work >= items * H:
         return
     h = (work % H).to(tl.int64)
     item = first + work // H
@@ -128,27 +128,27 @@ def backward_tile(
     du = dot_values(g, k_hat, zeros(BLOCK, D1, D2), PRECISION)
     q = load_rows(q_base, q_start, offs, q_stride_t, mask_q, D, D1, D2)  # again: keeping it would cost registers
     store_query_gradient(
-        du, q, dq_ptr + h * D, partials_ptr, item * SPLITS, h, q_start, offs, mask_q, dq_stride_t,
+        du, q, dq_ptr + h * D, partials_ptr, item * splits, h, q_start, offs, mask_q, dq_stride_t,
         q_mean, q_r, gain, q_eps, softmax_scale, H, D, D1, D2, Q_NORM, False,
             Q_WEIGHT or K_WEIGHT, Q_BIAS, WEIGHT_GRADS,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
+@triton.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k", "splits"])
 def backward_resident(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr, partials_ptr, q_weight_ptr, q_bias_ptr,
-    k_weight_ptr, items_ptr, offsets_ptr, first_item, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h,
-    k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr,
+    k_weight_ptr, items_ptr, offsets_ptr, first_item, items, tokens, tokens_k, splits, q_stride_t: tl.constexpr,
+    q_stride_h, k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr,
     dout_stride_h, dq_stride_t: tl.constexpr, dk_stride_t: tl.constexpr, dv_stride_t: tl.constexpr,
     q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr, k_weight_stride: tl.constexpr, q_eps, k_eps, fold_scale,
     score_scale, softmax_scale, key_factor, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
     D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr,
     K_WEIGHT: tl.constexpr, FOLD: tl.constexpr, WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr,
-    CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CLASS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    first, count = work_range(offsets_ptr, first_item, H, CLASS, ON_DEVICE)
+    first, items = items_of_class(offsets_ptr, first_item, items, CLASS)
     work = tl.program_id(0)
-    if ON_DEVICE and work >= count:
+    if work >= items * H:
         return
     h = (work % H).to(tl.int64)
     item = first + work // H
@@ -194,22 +194,22 @@ def backward_resident(
         du = dot_values(g, k_hat, du, PRECISION)
     q = load_rows(q_base, q_start, offs_m, q_stride_t, mask_m, D, D1, D2)  # again: keeping it would cost registers
     store_query_gradient(
-        du, q, dq_ptr + h * D, partials_ptr, item * SPLITS, h, q_start, offs_m, mask_m, dq_stride_t,
+        du, q, dq_ptr + h * D, partials_ptr, item * splits, h, q_start, offs_m, mask_m, dq_stride_t,
         q_mean, q_r, gain, q_eps, softmax_scale, H, D, D1, D2, Q_NORM, False,
             Q_WEIGHT or K_WEIGHT, Q_BIAS, WEIGHT_GRADS,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
+@triton.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k"])
 def backward_prepare(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, r_ptr, dq_ptr, rows_ptr, sizes_ptr, q_weight_ptr, q_bias_ptr,
-    k_weight_ptr, items_ptr, offsets_ptr, first_item, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h,
+    k_weight_ptr, items_ptr, offsets_ptr, first_item, items, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h,
     k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr,
     dout_stride_h, dq_stride_t: tl.constexpr, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
     k_weight_stride: tl.constexpr, q_eps, k_eps, fold_scale, score_scale, UNIT: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     CENTRE: tl.constexpr, Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
-    PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, CLASS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
 ):  # fmt: skip
     """u into dq's memory, free until backward_queries writes dq there; (lse, Δ) into rows, float32 (H, T, 2).
@@ -221,9 +221,9 @@ def backward_prepare(
     too coarse as well: behind the rows stand (log2 of what P sums to with it, 0), for P to take off, too.
     """
     SPLIT: tl.constexpr = ROWS // BLOCK
-    first, count = work_range(offsets_ptr, first_item, H * SPLIT, CLASS, ON_DEVICE)
+    first, items = items_of_class(offsets_ptr, first_item, items, CLASS)
     work = tl.program_id(0)
-    if ON_DEVICE and work >= count:
+    if work >= items * H * SPLIT:
         return
     h = (work % H).to(tl.int64)
     q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // (H * SPLIT), tokens, tokens_k)
@@ -306,21 +306,21 @@ def keys_step(
     return dv, a
 
 
-@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
+@triton.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k"])
 def backward_keys(
-    k_ptr, v_ptr, u_ptr, dout_ptr, rows_ptr, r_ptr, dk_ptr, dv_ptr, items_ptr, offsets_ptr, first_item, tokens,
+    k_ptr, v_ptr, u_ptr, dout_ptr, rows_ptr, r_ptr, dk_ptr, dv_ptr, items_ptr, offsets_ptr, first_item, items, tokens,
     tokens_k, k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h, u_stride_t: tl.constexpr,
     dout_stride_t: tl.constexpr, dout_stride_h, dk_stride_t: tl.constexpr, dv_stride_t: tl.constexpr, k_eps,
     score_scale, key_factor, UNIT: tl.constexpr, H: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    K_NORM: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
+    K_NORM: tl.constexpr, FOLD: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NORMALIZE_KEYS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_N keys of an item's ROWS; queries stream by in tiles of BLOCK_M."""
     SPLIT: tl.constexpr = ROWS // BLOCK_N
     SCALE_ROWS: tl.constexpr = K_NORM != NONE and not NORMALIZE_KEYS
-    first, count = work_range(offsets_ptr, first_item, H * SPLIT, CLASS, ON_DEVICE)
+    first, items = items_of_class(offsets_ptr, first_item, items, CLASS)
     work = tl.program_id(0)
-    if ON_DEVICE and work >= count:
+    if work >= items * H * SPLIT:
         return
     h = (work % H).to(tl.int64)
     q_start, q_length, k_start, k_length, tile = load_item(items_ptr, first + work // (H * SPLIT), tokens, tokens_k)
@@ -399,25 +399,25 @@ def queries_step(
     return dot_values(g.to(k[0].dtype), k, du, PRECISION)
 
 
-@triton.jit(do_not_specialize=["first_item", "tokens", "tokens_k"])
+@triton.jit(do_not_specialize=["first_item", "items", "tokens", "tokens_k", "splits"])
 def backward_queries(
     q_ptr, k_ptr, v_ptr, dout_ptr, rows_ptr, r_ptr, dq_ptr, partials_ptr, q_weight_ptr, q_bias_ptr, k_weight_ptr,
-    items_ptr, offsets_ptr, first_item, tokens, tokens_k, q_stride_t: tl.constexpr, q_stride_h,
+    items_ptr, offsets_ptr, first_item, items, tokens, tokens_k, splits, q_stride_t: tl.constexpr, q_stride_h,
     k_stride_t: tl.constexpr, k_stride_h, v_stride_t: tl.constexpr, v_stride_h, dout_stride_t: tl.constexpr,
     dout_stride_h, dq_stride_t: tl.constexpr, q_weight_stride: tl.constexpr, q_bias_stride: tl.constexpr,
     k_weight_stride: tl.constexpr, q_eps, k_eps, score_scale, softmax_scale, UNIT: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr,
     Q_WEIGHT: tl.constexpr, Q_BIAS: tl.constexpr, K_WEIGHT: tl.constexpr, FOLD: tl.constexpr,
-    WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr, ON_DEVICE: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WEIGHT_GRADS: tl.constexpr, PRECISION: tl.constexpr, CLASS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NORMALIZE_KEYS: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_M queries of an item's ROWS; keys stream by in tiles of BLOCK_N. dq_ptr holds u at first."""
     SPLIT: tl.constexpr = ROWS // BLOCK_M
     CENTRE: tl.constexpr = K_NORM == LAYER_NORM and not NORMALIZE_KEYS
-    first, count = work_range(offsets_ptr, first_item, H * SPLIT, CLASS, ON_DEVICE)
+    first, items = items_of_class(offsets_ptr, first_item, items, CLASS)
     work = tl.program_id(0)
-    if ON_DEVICE and work >= count:
+    if work >= items * H * SPLIT:
         return
     h = (work % H).to(tl.int64)
     item = first + work // (H * SPLIT)
@@ -459,21 +459,21 @@ def backward_queries(
     q = load_rows(q_ptr + h * q_stride_h * UNIT, first_row, offs, q_stride_t, mask, D, D1, D2)
     q_mean, q_r = row_statistics(q, q_eps, Q_NORM, D, D1, D2)
     store_query_gradient(
-        du, q, dq_base, partials_ptr, item * SPLITS + part, h, first_row, offs, mask, dq_stride_t,
+        du, q, dq_base, partials_ptr, item * splits + part, h, first_row, offs, mask, dq_stride_t,
         q_mean, q_r, gain, q_eps, softmax_scale, H, D, D1, D2, Q_NORM, CENTRE,
         Q_WEIGHT or K_WEIGHT, Q_BIAS, WEIGHT_GRADS,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def sum_partials(
-    partials_ptr, sums_ptr, offsets_ptr, H: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+    partials_ptr, sums_ptr, offsets_ptr, splits, H: tl.constexpr, WIDTH: tl.constexpr,
     CLASSES: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Sum CHUNK rows of partials (rows, H, WIDTH) in order; rows past the plan's last item don't count."""
     chunk = tl.program_id(0)
     h = tl.program_id(1)
-    rows = tl.load(offsets_ptr + CLASSES) * SPLITS
+    rows = tl.load(offsets_ptr + CLASSES) * splits
     cols = tl.arange(0, BLOCK_W)
     total = tl.zeros([BLOCK_W], tl.float32)
     for i in range(0, CHUNK, BLOCK):

@@ -130,10 +130,10 @@ class Launcher:
         return min(segments, self.items.shape[0])
 
     def work(self, index: int) -> dict:
-        """The arguments that say which items a launch works on, beside CLASS and ON_DEVICE."""
+        """The arguments that say which items a launch works on, beside CLASS; see items_of_class in kernel.py."""
         return dict(
-            items_ptr=self.items, offsets_ptr=self.offsets, first_item=0 if self.ends is None else self.ends[index],
-            tokens=self.q.shape[0], tokens_k=self.k.shape[0],
+            items_ptr=self.items, offsets_ptr=self.offsets, first_item=-1 if self.ends is None else self.ends[index],
+            items=self.items_of(index), tokens=self.q.shape[0], tokens_k=self.k.shape[0],
         )  # fmt: skip
 
     def rows(self, **tensors: Tensor) -> dict:
@@ -153,13 +153,13 @@ class Launcher:
 
 
 @functools.lru_cache(1024)
-def bound_forward(signature: Signature, index: int, on_device: bool, gluon: bool, save_lse: bool) -> BoundKernel:
+def bound_forward(signature: Signature, index: int, gluon: bool, save_lse: bool) -> BoundKernel:
     """The portable forward of a class."""
     config, rows = signature.config(index, gluon), rows_of_class(index)
     launch = config.forward
     common = dict(
         **signature.strides, **signature.weights, **signature.shape, **signature.norm_numbers, **signature.scores,
-        CLASS=index, ON_DEVICE=on_device, SAVE_LSE=save_lse, PRECISION=signature.precision, **compile_options(launch),
+        CLASS=index, SAVE_LSE=save_lse, PRECISION=signature.precision, **compile_options(launch),
     )  # fmt: skip
     if launch.kernel == "tile":
         return BoundKernel(kernel.forward_tile, BLOCK=launch.block_m, **common)
@@ -194,9 +194,7 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor | None, Tens
             )  # fmt: skip
             continue
         if launch.kernel == "tile":
-            bound_forward(signature, index, call.ends is None, gluon, save_lse)(
-                call.grid(index), **tensors, **call.work(index)
-            )
+            bound_forward(signature, index, gluon, save_lse)(call.grid(index), **tensors, **call.work(index))
             continue
         r_tiles = None
         if launch.kernel == "hopper_stream":
@@ -212,7 +210,7 @@ def forward(call: Launcher, save_lse: bool) -> tuple[Tensor, Tensor | None, Tens
             fixed_max = config.fixed_max and signature.wide_range
             hopper_forward.forward_stream(call, index, launch, out, lse_or_any, r_tiles, save_lse, fixed_max)
             continue
-        bound_forward(signature, index, call.ends is None, gluon, save_lse)(
+        bound_forward(signature, index, gluon, save_lse)(
             call.grid(index, rows_of_class(index) // launch.block_m),
             **tensors,
             **call.work(index),
@@ -227,18 +225,18 @@ def programs_per_item(index: int, config: ClassConfig) -> int:
 
 
 @functools.lru_cache(1024)
-def bound_key_sizes(signature: Signature, index: int, on_device: bool, tiles: bool) -> BoundKernel:
+def bound_key_sizes(signature: Signature, index: int, tiles: bool) -> BoundKernel:
     norms = signature.norm_numbers
     names = ("UNIT", "k_stride_t", "k_stride_h")
     return BoundKernel(
         kernel.key_sizes, **{name: signature.strides[name] for name in names}, **signature.shape,
-        k_eps=norms["k_eps"], K_NORM=norms["K_NORM"], CLASS=index, ON_DEVICE=on_device, ROWS=rows_of_class(index),
+        k_eps=norms["k_eps"], K_NORM=norms["K_NORM"], CLASS=index, ROWS=rows_of_class(index),
         TILES=tiles, num_warps=4,
     )  # fmt: skip
 
 
 def key_sizes(call: Launcher, index: int, r: Tensor, r_tiles: Tensor | None = None) -> None:
-    bound_key_sizes(call.signature, index, call.ends is None, r_tiles is not None)(
+    bound_key_sizes(call.signature, index, r_tiles is not None)(
         call.grid(index), k_ptr=call.k, **call.work(index), r_ptr=r, r_tiles_ptr=r if r_tiles is None else r_tiles,
         slots=0 if r_tiles is None else r_tiles.shape[1],
     )  # fmt: skip
@@ -265,7 +263,7 @@ def backward(
         make = torch.empty if splits == 1 else torch.zeros
         shape = (call.items.shape[0] * splits, call.heads, call.width * (1 + call.shift))
         partials = make(shape, dtype=torch.float32, device=q.device)
-    grads = dict(partials_ptr=partials, WEIGHT_GRADS=weight_grads, SPLITS=splits, softmax_scale=call.softmax_scale)
+    grads = dict(partials_ptr=partials, WEIGHT_GRADS=weight_grads, splits=splits, softmax_scale=call.softmax_scale)
     score = dict(score_scale=call.score_scale, PRECISION=call.precision)
     inputs = call.rows(q=q, k=k, v=v, dout=dout)
     row_pairs = None
@@ -288,7 +286,7 @@ def backward(
                 use_lse=config.forward.kernel != "stream" or config.normalize_keys, registers=launch.registers,
             )  # fmt: skip
             continue
-        work = dict(**call.work(index), CLASS=index, ON_DEVICE=call.ends is None)
+        work = dict(**call.work(index), CLASS=index)
         base = dict(**call.shape, **work, **compile_options(launch))
         if launch.kernel in ("tile", "resident"):
             common = dict(
@@ -382,7 +380,7 @@ def sum_partials(call: Launcher, partials: Tensor, splits: int) -> Tensor:
     sums = torch.empty(triton.cdiv(rows, chunk), heads, width, dtype=torch.float32, device=partials.device)
     launch_kernel(
         kernel_backward.sum_partials, (sums.shape[0], heads),
-        partials_ptr=partials, sums_ptr=sums, offsets_ptr=call.offsets, H=heads, WIDTH=width, SPLITS=splits,
+        partials_ptr=partials, sums_ptr=sums, offsets_ptr=call.offsets, H=heads, WIDTH=width, splits=splits,
         CLASSES=CLASSES, CHUNK=chunk, BLOCK=16, BLOCK_W=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
     return sums.sum(0)

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from .._jit import triton_version
 from ..head_norm import NORM_CODES
 from ..plan import CLASSES
 from .config import ClassConfig, choose_config, split_head_dim
@@ -59,4 +60,4 @@ class Signature:
         self.hopper = self.hopper_forward | {c for c in range(CLASSES) if own[c].backward != portable[c].backward}
 
     def config(self, index: int, gluon: bool = False, gluon_backward: bool | None = None) -> ClassConfig:
-        return choose_config(self.arch, self.width, index, self.bits, gluon, gluon_backward)
+        return choose_config(self.arch, self.width, index, self.bits, gluon, gluon_backward, triton_version())
