@@ -67,7 +67,8 @@ def test_no_barrier_lies_where_outputs_change_their_layout(case: Case) -> None:
     ptx = one.asm["ptx"]
     offsets = {name: int(offset) for name, offset in re.findall(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", ptx)}
     barriers = [offsets[name] for name in re.findall(r"mbarrier\.init\.\S+ \[(%r\d+)\]", ptx)]
-    exchanges = [int(offset) for offset in re.findall(r"st\.shared\S*\s+\[%r\d+\+(\d+)\]", ptx)]
+    stores = re.findall(r"st\.shared\S*\s+\[ ?(%r\d+) ?\+ ?(\d+) ?\]", ptx)
+    exchanges = [offsets.get(name, 0) + int(offset) for name, offset in stores]
     assert barriers == [one.shared - 24, one.shared - 16, one.shared - 8]
     assert exchanges
     assert max(exchanges) + 4 * 512 <= barriers[0]  # 512 bytes a warp

@@ -89,3 +89,17 @@ def test_kernels_fit_and_run_on_the_matrix_unit(arch: str, case: Case) -> None:
             if arch == "sm_90" and index > 0:
                 assert "wgmma.mma_async" in one.asm["ptx"], f"{one.name} misses the matrix unit's fast path"
                 assert unwritten_descriptors(machine_code(one)) == [], one.name
+
+
+@pytest.mark.compile_only
+def test_an_image_meets_the_same_kernels_with_any_plan_and_in_any_pack() -> None:
+    """Kernels that differ in something else may round differently, too."""
+
+    def kernels(lengths: tuple[int, ...], planned: bool) -> set[tuple[str, str]]:
+        case = Case(lengths, 16, 72, BF16, planned=planned)
+        return {(one.name, one.asm["ptx"]) for one in compile_launches("sm_90", lambda: launch_on_meta(case, "sm_90"))}
+
+    alone = kernels((20, 60), True)
+    assert {name for name, _ in alone} >= {"forward_tile", "backward_tile", "hopper_backward_tile"}
+    assert alone <= kernels((20, 60), False)
+    assert alone <= kernels((20, 60, 300), True)

@@ -49,18 +49,15 @@ from .hopper_steps import numbers, parts, ragged_parts
 from .hopper_stream_steps import BLOCK
 
 # Up to a width, what fits registers: HOLD of hopper_keys and of hopper_queries, hopper_keys' OVERLAP, hopper_queries'
-# UNROLL, blocks of a turn of its loop. Since Triton 3.9 less fits: there the older schedules take, keys and queries of
-# ft, 682 + 860 µs at 64 and 1256 + 1826 at 72, its own 682 + 732 and 1165 + 963.
+# UNROLL, blocks of a turn of its loop. Since Triton 3.9 less fits at 72: ft takes 1256 + 1826 µs there by the older
+# schedule, 1165 + 963 by its own. At 64 UNROLL of 1 was better for ft, 1681 for 1787, and worse at 4096, 6936 for 6735.
 SCHEDULES = (
     (64, (True, True), True, 2),
     (80, (False, True), True, 1),
     (128, (False, False), False, 1),
 )
 if triton_version() >= (3, 9):
-    SCHEDULES = (
-        (64, (True, True), True, 1),
-        (128, (False, False), False, 1),
-    )
+    SCHEDULES = (SCHEDULES[0], SCHEDULES[2])
 
 
 def backward_stream(
