@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import time
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -84,8 +85,8 @@ def run(case: str, heads: int, head_dim: int, what: str, config: ClassConfig | N
     weight = torch.ones(head_dim, device="cuda")
     norms = launch.Norms(1, weight, None, 1e-6, 1, weight, 1e-6)
 
-    def choose(arch: int, width: int, one: int, bits: int, *gluon: bool | None) -> ClassConfig:
-        return config if config is not None and one == index else choose_config(arch, width, one, bits, *gluon)
+    def choose(arch: int, width: int, one: int, bits: int, *others: Any) -> ClassConfig:
+        return config if config is not None and one == index else choose_config(arch, width, one, bits, *others)
 
     fresh = mock.patch.object(launch, "known_signature", signature.Signature)
     with fresh, mock.patch.object(signature, "choose_config", choose):

@@ -64,20 +64,17 @@ def launch_on_meta(case: Case, arch: str) -> None:
         launch.backward(call, tensors["dout"], out, lse, r, dq, dk, dv, call.norms.q_weight is not None)
 
 
-def hopper_config(width: int, index: int) -> ClassConfig:
-    """The launch table's row for 16 bits on an H100, with this Triton."""
+def config_of(width: int, index: int, bits: int = 16, capability: int = 90) -> ClassConfig:
+    """What the launch table has with this Triton, Hopper's own kernels included."""
     from navit_kernels._jit import triton_version
 
-    return choose_config(90, width, index, 16, gluon=True, triton=triton_version())
+    return choose_config(capability, width, index, bits, gluon=True, triton=triton_version())
 
 
 def launches_of(arch: str, index: int, width: int, dtype: torch.dtype) -> dict[str, Launch]:
     """The launch table's row for each kernel that multiplies tiles, by the kernel's name."""
     capability = 0 if arch.startswith("gfx") else int(arch[3:])
-    bits = dtype.itemsize * 8
-    config = (
-        hopper_config(width, index) if (capability, bits) == (90, 16) else choose_config(capability, width, index, bits)
-    )
+    config = config_of(width, index, dtype.itemsize * 8, capability)
     forward = ("forward_tile", "forward_stream", "hopper_forward_tile", "hopper_forward_stream")
     names = dict.fromkeys(forward, config.forward)
     backward = ("backward_tile", "backward_resident", "backward_keys")

@@ -13,15 +13,10 @@ from ahead_of_time import (
     machine_code,
 )
 from attention_checks import BF16, FP16, Case
-from compile_table import call_on_meta, hopper_config
+from compile_table import call_on_meta, config_of
 from test_hopper_backward_tile import PER_MULTIPROCESSOR
 
 from navit_kernels.plan import CLASSES
-from navit_kernels.self_attention.config import ClassConfig
-
-
-def config_of(case: Case) -> ClassConfig:
-    return hopper_config(case.width, CLASSES - 1)
 
 
 def compile_case(case: Case) -> Compiled:
@@ -31,7 +26,7 @@ def compile_case(case: Case) -> Compiled:
     q = tensors["q"]
     call = call_on_meta(case, tensors)
     index = CLASSES - 1
-    config = config_of(case)
+    config = config_of(case.width, index)
     chosen = config.forward
     assert chosen.kernel == "hopper_stream"
     lse = torch.empty(case.heads, q.shape[0], device="meta")
@@ -62,7 +57,7 @@ def compile_case(case: Case) -> Compiled:
 )
 def test_programs_fit_and_products_are_asynchronous(case: Case) -> None:
     """As many programs side by side as the launch table says, and no fewer waits either than the code has."""
-    launch = config_of(case).forward
+    launch = config_of(case.width, CLASSES - 1).forward
     assert launch.registers is not None
     one = compile_case(case)
     assert one.spills <= launch.spills, f"spills {one.spills} bytes"

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 from ahead_of_time import SHARED_MEMORY_LIMIT, Compiled, assert_products_are_asynchronous, compile_launches
 from attention_checks import BF16, FP16, Case
-from compile_table import call_on_meta, hopper_config
+from compile_table import call_on_meta, config_of
 from test_hopper_backward_tile import PER_MULTIPROCESSOR
 
 from navit_kernels.plan import CLASS_LIMITS
@@ -18,7 +18,7 @@ from navit_kernels.self_attention.config import Launch
 
 
 def launch_of(case: Case) -> Launch:
-    return hopper_config(case.width, bisect.bisect_left(CLASS_LIMITS, case.lengths[0])).forward
+    return config_of(case.width, bisect.bisect_left(CLASS_LIMITS, case.lengths[0])).forward
 
 
 def compile_forward(case: Case) -> Compiled:

@@ -150,7 +150,7 @@ def test_gpu_an_image_has_the_same_bits_alone_and_in_any_pack(case: Case, packs:
 @pytest.mark.parametrize("width", [64, 72, 80, 96, 128])
 def test_gpu_hopper_runs_its_own_kernels(width: int, dtype: torch.dtype) -> None:
     """Where the launch table names them, and nothing else in their place."""
-    from compile_table import hopper_config
+    from compile_table import config_of
 
     from navit_kernels.plan import CLASSES
 
@@ -162,7 +162,7 @@ def test_gpu_hopper_runs_its_own_kernels(width: int, dtype: torch.dtype) -> None
         case.results(tensors)
         torch.cuda.synchronize()
     ran = {event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA}
-    configs = [hopper_config(width, index) for index in range(CLASSES)]
+    configs = [config_of(width, index) for index in range(CLASSES)]
     forward, backward = {c.forward.kernel for c in configs}, {c.backward.kernel for c in configs}
     named = {f"hopper_forward_{kernel}" for kernel in ("tile", "stream") if f"hopper_{kernel}" in forward}
     named |= {f"hopper_backward_{kernel}" for kernel in ("tile", "resident") if f"hopper_{kernel}" in backward}

@@ -73,15 +73,15 @@ def choose_config(
     config = (NARROW, MIDDLE, WIDE)[width][class_index]
     if arch != 90:
         return _untuned(config)
-    row, since_3_9 = (width, class_index), triton >= (3, 9)
+    row = (width, class_index)
+    forwards, backwards = (HOPPER_FORWARD, HOPPER_BACKWARD) if triton < (3, 9) else (FORWARD_3_9, BACKWARD_3_9)
     too_narrow = class_index == CLASSES - 1 and head_dim < 64  # for a stream's tiles of 64 columns; untimed
-    if gluon and row in HOPPER_FORWARD and not too_narrow:
+    if gluon and row in forwards and not too_narrow:
         # a tile's scores are those of k̂: a stream that repeats them takes k̂, too
-        forward = (since_3_9 and HOPPER_FORWARD_3_9.get(row)) or HOPPER_FORWARD[row]
+        forward = forwards[row]
         config = replace(config, forward=forward, normalize_keys=forward.kernel == "hopper_tile")
-    if gluon and gluon_backward is not False and row in HOPPER_BACKWARD:
-        backward = (since_3_9 and HOPPER_BACKWARD_3_9.get(row)) or HOPPER_BACKWARD[row]
-        config = replace(config, backward=backward, queries=HOPPER_QUERIES.get(row))
+    if gluon and gluon_backward is not False and row in backwards:
+        config = replace(config, backward=backwards[row], queries=HOPPER_QUERIES.get(row))
     return config
 
 
@@ -98,11 +98,12 @@ def _portable(head_dim: int, rows: int) -> ClassConfig:
 
 @functools.cache
 def _untuned(config: ClassConfig) -> ClassConfig:
-    """A Hopper row on another architecture: the caps on registers were measured there alone. spills: an A100's, with
-    Triton 3.9."""
-    launches = {name: getattr(config, name) for name in ("forward", "backward", "queries")}
+    """A Hopper row on another architecture: the caps on registers were measured there alone."""
+    spills = {"forward": 0, "backward": 8, "queries": 0}  # an A100's of a tile, with Triton 3.9
+    launches = {name: getattr(config, name) for name in spills}
     return replace(
-        config, **{k: v and replace(v, registers=None, spills=16, measured="untuned") for k, v in launches.items()}
+        config,
+        **{k: v and replace(v, registers=None, spills=spills[k], measured="untuned") for k, v in launches.items()},
     )
 
 
@@ -242,12 +243,11 @@ HOPPER_QUERIES = {  # of the streams above
     (2, 4): Launch("hopper_stream", 64, 64, 4, 4, spills=192, measured="ft 615, U4096 2489; portable 879, 3330"),
 }
 
-# Since Triton 3.9, whose assembler (ptxas 13.4) needs more registers for the same, so that a cap costs more: where
-# another launch was better with it.
-HOPPER_FORWARD_3_9 = {
+# Since Triton 3.9, whose assembler (ptxas 13.4) needs more registers for the same, so that a cap costs more.
+FORWARD_3_9 = HOPPER_FORWARD | {
     (1, 2): Launch("hopper_tile", 128, 64, 4, 1, spills=256, measured="U128 269; capped at 168 413, at 208 331"),
 }
-HOPPER_BACKWARD_3_9 = {
+BACKWARD_3_9 = HOPPER_BACKWARD | {
     (0, 0): Launch("hopper_tile", 64, 64, 4, 1, 168, measured="as U64"),
     (0, 1): Launch("hopper_tile", 64, 64, 4, 1, 168, measured="U64 334 with norms, capped at 128 374; 322 without"),
 }

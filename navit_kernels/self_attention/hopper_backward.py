@@ -48,16 +48,19 @@ from .hopper_backward_queries import hopper_queries
 from .hopper_steps import numbers, parts, ragged_parts
 from .hopper_stream_steps import BLOCK
 
-# Up to a width, what fits registers: HOLD of hopper_keys and of hopper_queries, hopper_keys' OVERLAP, hopper_queries'
-# UNROLL, blocks of a turn of its loop. Since Triton 3.9 less fits at 72: ft takes 1256 + 1826 µs there by the older
-# schedule, 1165 + 963 by its own. At 64 UNROLL of 1 was better for ft, 1681 for 1787, and worse at 4096, 6936 for 6735.
-SCHEDULES = (
-    (64, (True, True), True, 2),
-    (80, (False, True), True, 1),
-    (128, (False, False), False, 1),
-)
-if triton_version() >= (3, 9):
-    SCHEDULES = (SCHEDULES[0], SCHEDULES[2])
+
+def schedule_of(width: int) -> tuple[tuple[bool, bool], bool, int]:
+    """What fits registers: HOLD of hopper_keys and of hopper_queries, hopper_keys' OVERLAP, hopper_queries' UNROLL,
+    blocks of a turn of its loop.
+
+    Since Triton 3.9 less fits at 72: ft takes 1256 + 1826 µs there by the older schedule, 1165 + 963 by the widest's.
+    At 64 UNROLL of 1 was better for ft, 1681 for 1787, and worse at 4096, 6936 for 6735.
+    """
+    if width <= 64:
+        return (True, True), True, 2
+    if width <= 80 and triton_version() < (3, 9):
+        return (False, True), True, 1
+    return (False, False), False, 1
 
 
 def backward_stream(
@@ -67,7 +70,7 @@ def backward_stream(
     """dk and dv, then dq over u. rows and sizes are backward_prepare's; stages those of hopper_keys and of
     hopper_queries."""
     norms = call.norms
-    hold, overlap, unroll = next(schedule for width, *schedule in SCHEDULES if call.width <= width)
+    hold, overlap, unroll = schedule_of(call.width)
     _, second = parts(call.width)
     tensors = dict(q=call.q, k=call.k, v=call.v, dout=dout, dq=dq, dk=dk, dv=dv)
     halves = ragged_parts(call.width, BLOCK.value, **tensors)
@@ -76,12 +79,10 @@ def backward_stream(
         return {f"{name}_{c}": halves[f"{name}_{c}"] for c in (1, 2) for name in names}
 
     rows_in, sizes_in = numbers(rows, BLOCK.value), numbers(sizes, BLOCK.value)
-    items = call.items_of(index)
-    grid = (min(items * call.heads, multiprocessors(call.q.device)),)
+    grid = (min(*call.grid(index), multiprocessors(call.q.device)),)
     common = dict(
-        **call.work(index), CLASS=index, score_scale=call.score_scale,
-        H=call.heads, D=call.width, D2=second, rows_in=rows_in, sizes_in=sizes_in, K_NORM=norms.k_kind,
-        FOLD=call.fold, REGISTERS=registers, num_warps=4,
+        **call.work(index), CLASS=index, score_scale=call.score_scale, H=call.heads, D=call.width, D2=second,
+        rows_in=rows_in, sizes_in=sizes_in, K_NORM=norms.k_kind, FOLD=call.fold, REGISTERS=registers, num_warps=4,
     )  # fmt: skip
     launch_kernel(
         hopper_keys, grid,
